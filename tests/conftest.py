@@ -1,0 +1,92 @@
+"""Settings that every test shares.
+
+Tests run on the CPU, which JAX is told to present as eight devices, so that meshes and collectives are real.
+`pytest -m gpu` is the exception: it leaves the platform alone and needs a CUDA device.
+"""
+
+import os
+import re
+from collections import Counter
+
+import hypothesis
+import pytest
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # plots are written to files; no test opens a window
+
+SIMULATED_DEVICES = 8
+
+
+def _on_gpu(config: pytest.Config) -> bool:
+    """Whether this run asked for GPU tests (`-m gpu`, but not `-m "not gpu"`)."""
+    return re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    import jax
+
+    if _on_gpu(config):
+        if jax.default_backend() != "gpu":
+            raise pytest.UsageError(f"-m gpu needs a CUDA device, but JAX runs on {jax.default_backend()!r}")
+    else:
+        # The variable is for programs that tests start; they get one CPU device unless they ask for more.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _on_gpu(config):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: run `pytest -m gpu` on one"))
+
+
+# Examples vary from run to run at a desk, which finds more; on a build machine a failure must be the commit's own.
+# No deadline: the first example of a shape pays for its compilation. Function-scoped fixtures here hold no state.
+hypothesis.settings.register_profile(
+    "desk",
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
+)
+hypothesis.settings.register_profile(
+    "build-machine", hypothesis.settings.get_profile("desk"), derandomize=True, database=None
+)
+hypothesis.settings.load_profile("build-machine" if os.environ.get("CI") else "desk")
+
+
+@pytest.fixture
+def float64():
+    """Runs the test with 64-bit types enabled, in this test only."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """64-bit types left enabled would silently raise the precision of every later test of the process."""
+    import jax
+
+    if jax.config.jax_enable_x64:
+        jax.config.update("jax_enable_x64", False)
+        pytest.fail(f"{item.nodeid} left jax_enable_x64 on; use the `float64` fixture", pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Counts skips by reason, so that a hole in the coverage shows as a number."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        if isinstance(report.longrepr, tuple)
+        else "no reason given"
+        for report in terminalreporter.stats.get("skipped", [])
+    )
+    if reasons:
+        terminalreporter.section(f"{reasons.total()} skipped, by reason")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count:5d}  {reason}")
