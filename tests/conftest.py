@@ -42,8 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: run `pytest -m gpu` on one"))
 
 
-# Examples vary from run to run at a desk, which finds more; on a build machine a failure must be the commit's own.
-# No deadline: the first example of a shape pays for its compilation. Function-scoped fixtures here hold no state.
+# Examples vary from run to run at a desk, which finds more; on a build machine a failure is the commit's own.
+# No deadline: the first example of a shape pays for its compilation. The fixtures here hold no state.
 hypothesis.settings.register_profile(
     "desk",
     deadline=None,
@@ -80,12 +80,10 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """Counts skips by reason, so that a hole in the coverage shows as a number."""
-    reasons = Counter(
-        report.longrepr[2].removeprefix("Skipped: ")
-        if isinstance(report.longrepr, tuple)
-        else "no reason given"
-        for report in terminalreporter.stats.get("skipped", [])
-    )
+    skipped = [
+        report.longrepr for report in terminalreporter.stats.get("skipped", [])
+    ]  # (file, line, reason)
+    reasons = Counter(reason.removeprefix("Skipped: ") for _, _, reason in skipped)
     if reasons:
         terminalreporter.section(f"{reasons.total()} skipped, by reason")
         for reason, count in reasons.most_common():
