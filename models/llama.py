@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Llama family in Flax NNX: Llama 2/3, Mistral, Qwen2, Qwen3, SmolLM2 and anything else of that shape.
+
+A model is a LlamaConfig plus parameters. The blocks are stacked (every block parameter has a leading layer axis L) and
+run by one `jax.lax.scan`, so compile time does not grow with depth. Letters as in layers.py, V vocabulary size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from models.layers import Block, BlockConfig, LayerCache, RopeScaling, rope_tables
+from pallas_kernels import masks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig(BlockConfig):
+    """Everything that determines the function a model computes, parameters aside (see BlockConfig for the block).
+
+    Attributes:
+      vocab_size: V, rows of the embedding; the tokenizer may have fewer tokens, never more.
+      max_positions: the longest sequence the model is meant for, in tokens; informative, never enforced here.
+      rope_theta: base of the rotary wavelengths.
+      rope_scaling: context extension, or None.
+      tie_embeddings: the output projection is the embedding's transpose.
+    """
+
+    vocab_size: int
+    max_positions: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        sizes = (
+            "vocab_size",
+            "d_model",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "d_ff",
+            "max_positions",
+        )
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"LlamaConfig: {name} must be a positive integer, got {value!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"LlamaConfig: num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"LlamaConfig: head_dim must be even for rotary embedding, got {self.head_dim}")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"LlamaConfig: sliding_window must be None or >= 1, got {self.sliding_window}")
+        if self.rope_theta <= 0 or self.norm_eps <= 0:
+            raise ValueError(
+                f"LlamaConfig: rope_theta and norm_eps must be positive, got {self.rope_theta} and {self.norm_eps}"
+            )
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters; a tied embedding counts once."""
+        D, N, K, H = self.d_model, self.num_heads, self.num_kv_heads, self.head_dim
+        biases = (N + 2 * K) * H * self.attention_bias + D * self.attention_output_bias
+        norms = 2 * D + 2 * H * self.qk_norm
+        embeddings = self.vocab_size * D * (1 if self.tie_embeddings else 2)
+        return self.num_layers * (self._block_weights + biases + norms) + embeddings + D
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations of one forward pass per token, averaged over a sequence of `seq_len` tokens.
+
+        Two per multiply-add, counting matrix products only:
+
+            2 (L (2 D N H + 2 D K H + 3 D F) + D V) + 4 L N H visible
+
+        where visible is the mean number of keys that a query sees: (seq_len + 1) / 2 when causal, fewer with a sliding
+        window. Half of attention's square is therefore not counted, since it need not be computed. A training step
+        takes three times this (one forward, two in the backward pass); rematerialized work does not count.
+        """
+        window = min(self.sliding_window or seq_len, seq_len)
+        visible = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+        weights = self.num_layers * self._block_weights + self.d_model * self.vocab_size
+        return 2 * weights + 4 * self.num_layers * self.num_heads * self.head_dim * visible
+
+    @property
+    def _block_weights(self) -> int:
+        """Matrix entries of one block: 2 D N H + 2 D K H + 3 D F."""
+        return self.d_model * (2 * (self.num_heads + self.num_kv_heads) * self.head_dim + 3 * self.d_ff)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers for B rows of up to S tokens; a pytree.
+
+    A right-padded prefill is corrected with `dataclasses.replace(cache, lengths=true_lengths)`: entries at or beyond a
+    row's length are never visible and are overwritten by the next tokens.
+
+    Attributes:
+      key, value: [L, B, S, K, H]; keys are stored rotated.
+      lengths: int32 [B], valid tokens of each row.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    lengths: jax.Array
+
+    @classmethod
+    def zeros(cls, config: LlamaConfig, batch: int, size: int, dtype: DTypeLike = jnp.bfloat16) -> KVCache:
+        """An empty cache for `batch` rows of up to `size` tokens."""
+        shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
+
+    @property
+    def size(self) -> int:
+        """S, the most tokens that a row can hold."""
+        return self.key.shape[2]
+
+
+# What the forward pass keeps for the backward pass, from least memory to most. remat=None keeps everything.
+_attention = jax.checkpoint_policies.save_only_these_names("attention_inputs", "attention_output")
+_dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+REMAT_POLICIES = {
+    # Only the residual stream between blocks; a block's forward pass runs again.
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # Also attention's query, key, value and output: the feed-forward half runs again, attention's projections do not.
+    "attention": _attention,
+    # The results of all projections; attention itself and elementwise work run again.
+    "dots": _dots,
+    # Both: only elementwise work runs again.
+    "dots_and_attention": jax.checkpoint_policies.save_from_both_policies(_dots, _attention),
+}
+
+
+class Llama(nnx.Module):
+    """A causal language model of the Llama family.
+
+    Example:
+      >>> model = Llama(preset("tiny"), rngs=nnx.Rngs(0))
+      >>> logits = model(jnp.zeros((1, 16), jnp.int32))  # float32 [1, 16, V]
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: str | None = None,
+        implementation: str | tuple[str, ...] = "auto",
+    ):
+        """Initializes random parameters.
+
+        Args:
+          config: the architecture.
+          rngs: source of randomness for the parameters.
+          dtype: of activations; parameters are cast to it where they are used.
+          param_dtype: of stored parameters.
+          remat: None, or a name in REMAT_POLICIES: what the forward pass keeps for the backward pass.
+          implementation: of attention, as in `pallas_kernels.flash_attention`.
+        """
+        if remat is not None and remat not in REMAT_POLICIES:
+            raise ValueError(
+                f"Llama: unknown remat policy {remat!r}; known: None, {', '.join(REMAT_POLICIES)}"
+            )
+        self.config = config
+        self.dtype = dtype
+        self.remat = remat
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        self.embedding = nnx.Embed(
+            config.vocab_size,
+            config.d_model,
+            embedding_init=nnx.initializers.normal(0.02),
+            rngs=rngs,
+            **types,
+        )
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs=rngs, implementation=implementation, **types)
+
+        self.blocks = stacked(rngs)
+        self.final_norm = nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, rngs=rngs, **types)
+        self.output = None
+        if not config.tie_embeddings:
+            self.output = nnx.Linear(config.d_model, config.vocab_size, use_bias=False, rngs=rngs, **types)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32 tokens [B, T] -> [B, T, D]."""
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"Llama: tokens must be an integer array [B, T], got {tokens.dtype}{list(tokens.shape)}"
+            )
+        return self.embedding(tokens)
+
+    @overload
+    def hidden(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array | None = ...,
+        segment_ids: jax.Array | None = ...,
+        cache: None = ...,
+    ) -> jax.Array: ...
+    @overload
+    def hidden(
+        self, x: jax.Array, *, positions: jax.Array | None = ..., cache: KVCache
+    ) -> tuple[jax.Array, KVCache]: ...
+    def hidden(self, x, *, positions=None, segment_ids=None, cache=None):
+        """Runs the blocks and the final norm.
+
+        Args:
+          x: embedded tokens [B, T, D].
+          positions: int32 [B, T] or [T], for the rotary embedding only; None means 0, 1, ... or, with a cache, the
+            slots that the tokens are written to. Packed rows restart them in each document.
+          segment_ids: int32 [B, T]: the document of each token; attention stays within equal ids. Not with a cache.
+          cache: earlier tokens of each row. Token t of row b is written at cache.lengths[b] + t and sees the cached
+            tokens up to itself.
+
+        Returns:
+          [B, T, D]; with a cache, also the cache holding the T new tokens (lengths + T).
+        """
+        B, T, _ = x.shape
+        if cache is None:
+            slots = None
+            default_positions = jnp.arange(T, dtype=jnp.int32)
+        else:
+            if segment_ids is not None:
+                raise ValueError(
+                    "Llama: segment_ids cannot be combined with a cache: each cache row is one document"
+                )
+            if cache.lengths.shape != (B,):
+                raise ValueError(
+                    f"Llama: the cache has {cache.lengths.shape[0]} rows but the tokens have {B}"
+                )
+            slots = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
+            default_positions = slots
+        positions = jnp.broadcast_to(default_positions if positions is None else positions, (B, T))
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        mask = self._mask(slots, segment_ids)
+        graphdef, state = nnx.split(self.blocks)
+
+        def run_block(carry, layer_input):
+            x, cached = carry
+            block_state, layer = layer_input
+            view = None if cached is None else LayerCache(*cached, layer=layer, slots=slots)
+            x, view = nnx.merge(graphdef, block_state)(x, rope, mask, view)
+            return (x, None if view is None else (view.key, view.value)), None
+
+        if self.remat is not None and cache is None:
+            # prevent_cse would only slow a scan down: its body is not merged with anything.
+            run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        cached = None if cache is None else (cache.key, cache.value)
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, cached), _ = jax.lax.scan(run_block, (x.astype(self.dtype), cached), (state, layers))
+        x = self.final_norm(x)
+        if cache is None:
+            return x
+        return x, KVCache(*cached, lengths=cache.lengths + T)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., V]; inputs in the model's dtype, accumulation and result in float32."""
+        if self.output is None:
+            weights, subscripts = self.embedding.embedding[...], "...d,vd->...v"
+        else:
+            weights, subscripts = self.output.kernel[...], "...d,dv->...v"
+        return jnp.einsum(
+            subscripts,
+            hidden.astype(self.dtype),
+            weights.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    @overload
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = ...,
+        segment_ids: jax.Array | None = ...,
+        cache: None = ...,
+    ) -> jax.Array: ...
+    @overload
+    def __call__(
+        self, tokens: jax.Array, *, positions: jax.Array | None = ..., cache: KVCache
+    ) -> tuple[jax.Array, KVCache]: ...
+    def __call__(self, tokens, *, positions=None, segment_ids=None, cache=None):
+        """int32 tokens [B, T] -> float32 logits [B, T, V], and the new cache if one is passed; see `hidden`."""
+        x = self.embed(tokens)
+        if cache is None:
+            return self.logits(self.hidden(x, positions=positions, segment_ids=segment_ids))
+        if segment_ids is not None:
+            raise ValueError(
+                "Llama: segment_ids cannot be combined with a cache: each cache row is one document"
+            )
+        x, cache = self.hidden(x, positions=positions, cache=cache)
+        return self.logits(x), cache
+
+    def _mask(self, slots: jax.Array | None, segment_ids: jax.Array | None) -> masks.Mask:
+        # By index in the row, not by position: positions of packed documents restart, indices do not.
+        if self.config.sliding_window is None:
+            mask = masks.Causal(query_positions=slots)
+        else:
+            mask = masks.Window(self.config.sliding_window - 1, 0, query_positions=slots)
+        if segment_ids is not None:
+            mask = mask & masks.Segments(segment_ids, segment_ids)
+        return mask
