@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of the Llama family: rotary embedding, grouped-query attention, SwiGLU, and the block that joins them.
+"""Layers of the Llama family: rotary embedding, key/value cache, grouped-query attention, SwiGLU, block.
 
-Letters: B batch, T query length, S cache size, D model width, N query heads, K key/value heads, H head dim, F feed-forward width,
-L layers. Layers compute in `dtype` and keep parameters in `param_dtype`; they know nothing about devices or meshes.
+Letters: B batch, T query length, S cache size, L layers, D model width, N query heads, K key/value heads,
+H head dim, F feed-forward width. Layers compute in `dtype` and keep parameters in `param_dtype`; they know
+nothing about devices or meshes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,40 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import flash_attention, masks
 
-# --- Rotary position embedding -------------------------------------------------------------------------------------
+# --- Configuration ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """What one block needs to know; LlamaConfig extends it with what concerns the whole model.
+
+    Attributes:
+      d_model: model width D.
+      num_heads, num_kv_heads: N and K; N is a multiple of K (grouped-query attention).
+      head_dim: H, even; N * H need not equal D.
+      d_ff: feed-forward width F.
+      norm_eps: added to the mean square in RMSNorm.
+      attention_bias: query, key and value projections have a bias (Qwen2).
+      attention_output_bias: the output projection has a bias.
+      qk_norm: RMSNorm over H of each query and key head before the rotation (Qwen3).
+      sliding_window: a token sees itself and sliding_window - 1 tokens before (Mistral); None sees all.
+      num_layers: L; the residual branches are initialized smaller by sqrt(2 L).
+    """
+
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    norm_eps: float = 1e-5
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+
+
+# --- Rotary position embedding ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +62,16 @@ class RopeScaling:
     """How rotary frequencies are stretched to reach beyond the length that a model was pretrained on.
 
     Attributes:
-      kind: "linear" divides every frequency by `factor` (position interpolation, Chen et al. 2023, arXiv:2306.15595);
-        "llama3" divides only the wavelengths longer than the original context, with a smooth transition (Llama 3.1);
-        "yarn" blends by rotations per context and rescales the rotated vectors (Peng et al. 2023, arXiv:2309.00071).
+      kind: "linear" divides every frequency by `factor` (position interpolation, Chen et al. 2023,
+        arXiv:2306.15595); "llama3" divides only the wavelengths longer than the original context, with a
+        smooth transition (Llama 3.1); "yarn" blends by rotations per context and rescales the rotated vectors
+        (Peng et al. 2023, arXiv:2309.00071).
       factor: how many times longer the context becomes, >= 1.
       original_max_positions: the pretraining context length in tokens; needed by "llama3" and "yarn".
-      low_frequency_factor, high_frequency_factor: "llama3": wavelengths above original_max_positions / low are divided
-        by `factor`, those below original_max_positions / high are kept.
-      beta_fast, beta_slow: "yarn": dimensions turning more than beta_fast times in the original context are kept, those
-        turning less than beta_slow times are divided by `factor`.
+      low_frequency_factor, high_frequency_factor: "llama3": wavelengths above original_max_positions / low
+        are divided by `factor`, those below original_max_positions / high are kept.
+      beta_fast, beta_slow: "yarn": dimensions turning more than beta_fast times in the original context are
+        kept, those turning less than beta_slow times are divided by `factor`.
       attention_factor: "yarn": what cosine and sine are multiplied by; None means 0.1 ln(factor) + 1.
       truncate: "yarn": round the two borders of the blend to whole dimensions.
     """
@@ -91,7 +126,7 @@ def rope_frequencies(
         return (keep * frequency + (1 - keep) * interpolated).astype(np.float32), 1.0
 
     def dimension(turns: float) -> float:
-        """The (fractional) dimension index whose wavelength fits `turns` times into the context; YaRN, section 3.2."""
+        """The (fractional) dimension that turns this often in the original context; YaRN, section 3.2."""
         return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
@@ -108,84 +143,74 @@ def rope_frequencies(
 def rope_tables(
     positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 [B, T, 1, H/2], of int32 positions [B, T]; computed once and shared by all layers."""
+    """Cosine and sine, float32 [B, T, 1, H/2], of int32 positions [B, T]; shared by all layers."""
     frequency, factor = rope_frequencies(head_dim, theta, scaling)
     angle = positions[:, :, None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x [B, T, heads, H] by its positions; dimension i pairs with i + H/2 (the Hugging Face convention)."""
+    """Rotates x [B, T, heads, H]; dimension i pairs with i + H/2 (the Hugging Face convention)."""
     cos, sin = rope
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-# --- Key/value cache -----------------------------------------------------------------------------------------------
+# --- Key/value cache ----------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """One layer's view of the cache of all layers, so that a scan carries the whole arrays and updates them in place.
+class KVCache:
+    """Keys and values of all layers for B rows of up to S tokens; a pytree.
+
+    A right-padded prefill is corrected with `dataclasses.replace(cache, lengths=true_lengths)`: entries at or
+    beyond a row's length are never visible and are overwritten by the next tokens.
+
+    The scan over layers carries the whole arrays and updates one layer at a time, so that XLA can work in
+    place.
 
     Attributes:
-      key, value: [L, B, S, K, H].
-      layer: int32 scalar, which layer this is.
-      slots: int32 [B, T], where the tokens of this call are written; slots >= S are dropped.
+      key, value: [L, B, S, K, H]; keys are stored rotated.
+      lengths: int32 [B], valid tokens of each row.
     """
 
     key: jax.Array
     value: jax.Array
-    layer: jax.Array
-    slots: jax.Array
+    lengths: jax.Array
 
-    def write(self, key: jax.Array, value: jax.Array) -> LayerCache:
-        """Stores new keys and values [B, T, K, H] in this layer's slots."""
-        rows = jnp.arange(self.slots.shape[0])[:, None]
-        at = (self.layer, rows, self.slots)
+    @classmethod
+    def zeros(cls, config: BlockConfig, batch: int, size: int, dtype: DTypeLike = jnp.bfloat16) -> KVCache:
+        """An empty cache for `batch` rows of up to `size` tokens."""
+        shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
+
+    @property
+    def size(self) -> int:
+        """S, the most tokens that a row can hold."""
+        return self.key.shape[2]
+
+    def slots(self, count: int) -> jax.Array:
+        """Where the next `count` tokens of each row go: int32 [B, count]."""
+        return self.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)
+
+    def write(self, layer: jax.Array | int, key: jax.Array, value: jax.Array) -> KVCache:
+        """Stores one layer's new keys and values [B, T, K, H] in the next T slots; those beyond S are
+        dropped."""
+        B, T = key.shape[:2]
+        at = (layer, jnp.arange(B)[:, None], self.slots(T))
         return dataclasses.replace(
             self,
             key=self.key.at[at].set(key.astype(self.key.dtype), mode="drop", unique_indices=True),
             value=self.value.at[at].set(value.astype(self.value.dtype), mode="drop", unique_indices=True),
         )
 
-    def read(self) -> tuple[jax.Array, jax.Array]:
-        """This layer's keys and values, [B, S, K, H] each, stale slots included (the mask hides them)."""
-        return self.key[self.layer], self.value[self.layer]
+    def read(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """One layer's keys and values, [B, S, K, H] each, stale slots included (the mask hides them)."""
+        return self.key[layer], self.value[layer]
 
 
-# --- Layers --------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockConfig:
-    """What one block needs to know; LlamaConfig extends it with what concerns the whole model.
-
-    Attributes:
-      d_model: model width D.
-      num_heads, num_kv_heads: N and K; N is a multiple of K (grouped-query attention).
-      head_dim: H, even; N * H need not equal D.
-      d_ff: feed-forward width F.
-      norm_eps: added to the mean square in RMSNorm.
-      attention_bias: query, key and value projections have a bias (Qwen2).
-      attention_output_bias: the output projection has a bias.
-      qk_norm: RMSNorm over H of each query and key head before the rotation (Qwen3).
-      sliding_window: a token sees itself and the sliding_window - 1 tokens before it (Mistral); None sees all.
-      num_layers: L; the residual branches are initialized smaller by sqrt(2 L).
-    """
-
-    d_model: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
-    norm_eps: float = 1e-5
-    attention_bias: bool = False
-    attention_output_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
+# --- Layers -------------------------------------------------------------------------------------------------
 
 
 class Attention(nnx.Module):
@@ -201,7 +226,7 @@ class Attention(nnx.Module):
         implementation: str | tuple[str, ...],
     ):
         D, N, K, H = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.query = nnx.Linear(D, N * H, use_bias=config.attention_bias, **types)
         self.key = nnx.Linear(D, K * H, use_bias=config.attention_bias, **types)
         self.value = nnx.Linear(D, K * H, use_bias=config.attention_bias, **types)
@@ -220,8 +245,13 @@ class Attention(nnx.Module):
         self.implementation = implementation
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: masks.Mask, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: masks.Mask,
+        cache: KVCache | None = None,
+        layer: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KVCache | None]:
         """x [B, T, D] -> [B, T, D], and the cache with this call's keys and values written."""
         B, T, _ = x.shape
         query = self.query(x).reshape(B, T, -1, self.head_dim)
@@ -231,8 +261,8 @@ class Attention(nnx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, rope), rotate(key, rope)
         if cache is not None:
-            cache = cache.write(key, value)
-            key, value = (a.astype(query.dtype) for a in cache.read())
+            cache = cache.write(layer, key, value)
+            key, value = (a.astype(query.dtype) for a in cache.read(layer))
         query, key, value = checkpoint_name((query, key, value), "attention_inputs")
         out = flash_attention(query, key, value, mask=mask, implementation=self.implementation)
         out = checkpoint_name(out, "attention_output")
@@ -244,7 +274,7 @@ class Mlp(nnx.Module):
 
     def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         D, F = config.d_model, config.d_ff
-        types = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        types: dict[str, Any] = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.gate = nnx.Linear(D, F, **types)
         self.up = nnx.Linear(D, F, **types)
         self.down = nnx.Linear(F, D, kernel_init=residual_init(config.num_layers), **types)
@@ -265,21 +295,26 @@ class Block(nnx.Module):
         param_dtype: DTypeLike,
         implementation: str | tuple[str, ...],
     ):
-        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.attention_norm = nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, **types)
         self.attention = Attention(config, implementation=implementation, **types)
         self.mlp_norm = nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, **types)
         self.mlp = Mlp(config, **types)
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: masks.Mask, cache: LayerCache | None
-    ) -> tuple[jax.Array, LayerCache | None]:
-        attended, cache = self.attention(self.attention_norm(x), rope, mask, cache)
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        mask: masks.Mask,
+        cache: KVCache | None = None,
+        layer: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KVCache | None]:
+        attended, cache = self.attention(self.attention_norm(x), rope, mask, cache, layer)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
-def residual_init(num_layers: int) -> nnx.initializers.Initializer:
-    """Initializer of projections that write to the residual stream: variance 1 / (fan_in * 2L), so that the stream's
-    variance does not grow with depth (the GPT-2 rule)."""
-    return nnx.initializers.variance_scaling(1 / (2 * num_layers), "fan_in", "truncated_normal")
+def residual_init(num_layers: int) -> jax.nn.initializers.Initializer:
+    """Initializer of projections that write to the residual stream: variance 1 / (fan_in * 2L), so that the
+    stream's variance does not grow with depth (the GPT-2 rule)."""
+    return jax.nn.initializers.variance_scaling(1 / (2 * num_layers), "fan_in", "truncated_normal")

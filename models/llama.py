@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Llama family in Flax NNX: Llama 2/3, Mistral, Qwen2, Qwen3, SmolLM2 and anything else of that shape.
 
-A model is a LlamaConfig plus parameters. The blocks are stacked (every block parameter has a leading layer axis L) and
-run by one `jax.lax.scan`, so compile time does not grow with depth. Letters as in layers.py, V vocabulary size.
+A model is a LlamaConfig plus parameters. The blocks are stacked (every block parameter has a leading layer
+axis L) and run by one `jax.lax.scan`, so compile time does not grow with depth. Letters as in layers.py, V
+vocabulary size.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.layers import Block, BlockConfig, LayerCache, RopeScaling, rope_tables
+from models.layers import Block, BlockConfig, KVCache, RopeScaling, rope_tables
 from pallas_kernels import masks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(BlockConfig):
-    """Everything that determines the function a model computes, parameters aside (see BlockConfig for the block).
+    """Everything that determines what a model computes, parameters aside (see BlockConfig for the block).
 
     Attributes:
       vocab_size: V, rows of the embedding; the tokenizer may have fewer tokens, never more.
@@ -53,17 +54,15 @@ class LlamaConfig(BlockConfig):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"LlamaConfig: {name} must be a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"LlamaConfig: num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
-            )
+            heads = f"{self.num_heads} and {self.num_kv_heads}"
+            raise ValueError(f"LlamaConfig: num_heads must be a multiple of num_kv_heads, got {heads}")
         if self.head_dim % 2:
             raise ValueError(f"LlamaConfig: head_dim must be even for rotary embedding, got {self.head_dim}")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"LlamaConfig: sliding_window must be None or >= 1, got {self.sliding_window}")
         if self.rope_theta <= 0 or self.norm_eps <= 0:
-            raise ValueError(
-                f"LlamaConfig: rope_theta and norm_eps must be positive, got {self.rope_theta} and {self.norm_eps}"
-            )
+            values = f"{self.rope_theta} and {self.norm_eps}"
+            raise ValueError(f"LlamaConfig: rope_theta and norm_eps must be positive, got {values}")
 
     @property
     def num_parameters(self) -> int:
@@ -75,15 +74,16 @@ class LlamaConfig(BlockConfig):
         return self.num_layers * (self._block_weights + biases + norms) + embeddings + D
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations of one forward pass per token, averaged over a sequence of `seq_len` tokens.
+        """Floating-point operations of one forward pass per token, averaged over `seq_len` tokens.
 
         Two per multiply-add, counting matrix products only:
 
             2 (L (2 D N H + 2 D K H + 3 D F) + D V) + 4 L N H visible
 
-        where visible is the mean number of keys that a query sees: (seq_len + 1) / 2 when causal, fewer with a sliding
-        window. Half of attention's square is therefore not counted, since it need not be computed. A training step
-        takes three times this (one forward, two in the backward pass); rematerialized work does not count.
+        where visible is the mean number of keys that a query sees: (seq_len + 1) / 2 when causal, fewer with
+        a sliding window. Half of attention's square is therefore not counted, since it need not be computed.
+        A training step takes three times this (one forward, two in the backward pass); rematerialized work
+        does not count.
         """
         window = min(self.sliding_window or seq_len, seq_len)
         visible = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
@@ -96,42 +96,14 @@ class LlamaConfig(BlockConfig):
         return self.d_model * (2 * (self.num_heads + self.num_kv_heads) * self.head_dim + 3 * self.d_ff)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of all layers for B rows of up to S tokens; a pytree.
-
-    A right-padded prefill is corrected with `dataclasses.replace(cache, lengths=true_lengths)`: entries at or beyond a
-    row's length are never visible and are overwritten by the next tokens.
-
-    Attributes:
-      key, value: [L, B, S, K, H]; keys are stored rotated.
-      lengths: int32 [B], valid tokens of each row.
-    """
-
-    key: jax.Array
-    value: jax.Array
-    lengths: jax.Array
-
-    @classmethod
-    def zeros(cls, config: LlamaConfig, batch: int, size: int, dtype: DTypeLike = jnp.bfloat16) -> KVCache:
-        """An empty cache for `batch` rows of up to `size` tokens."""
-        shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
-
-    @property
-    def size(self) -> int:
-        """S, the most tokens that a row can hold."""
-        return self.key.shape[2]
-
-
 # What the forward pass keeps for the backward pass, from least memory to most. remat=None keeps everything.
 _attention = jax.checkpoint_policies.save_only_these_names("attention_inputs", "attention_output")
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
     # Only the residual stream between blocks; a block's forward pass runs again.
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Also attention's query, key, value and output: the feed-forward half runs again, attention's projections do not.
+    # Also attention's query, key, value and output: the feed-forward half runs again, attention's projections
+    # do not.
     "attention": _attention,
     # The results of all projections; attention itself and elementwise work run again.
     "dots": _dots,
@@ -175,7 +147,7 @@ class Llama(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat = remat
-        types = {"dtype": dtype, "param_dtype": param_dtype}
+        types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         self.embedding = nnx.Embed(
             config.vocab_size,
             config.d_model,
@@ -221,52 +193,42 @@ class Llama(nnx.Module):
 
         Args:
           x: embedded tokens [B, T, D].
-          positions: int32 [B, T] or [T], for the rotary embedding only; None means 0, 1, ... or, with a cache, the
-            slots that the tokens are written to. Packed rows restart them in each document.
-          segment_ids: int32 [B, T]: the document of each token; attention stays within equal ids. Not with a cache.
-          cache: earlier tokens of each row. Token t of row b is written at cache.lengths[b] + t and sees the cached
-            tokens up to itself.
+          positions: int32 [B, T] or [T], for the rotary embedding only; None means 0, 1, ... or, with a
+            cache, the slots that the tokens are written to. Packed rows restart them in each document.
+          segment_ids: int32 [B, T]: the document of each token; attention stays within equal ids. Not with a
+            cache.
+          cache: earlier tokens of each row. Token t of row b is written at cache.lengths[b] + t and sees the
+            cached tokens up to itself.
 
         Returns:
           [B, T, D]; with a cache, also the cache holding the T new tokens (lengths + T).
         """
         B, T, _ = x.shape
-        if cache is None:
-            slots = None
-            default_positions = jnp.arange(T, dtype=jnp.int32)
-        else:
-            if segment_ids is not None:
-                raise ValueError(
-                    "Llama: segment_ids cannot be combined with a cache: each cache row is one document"
-                )
-            if cache.lengths.shape != (B,):
-                raise ValueError(
-                    f"Llama: the cache has {cache.lengths.shape[0]} rows but the tokens have {B}"
-                )
-            slots = cache.lengths[:, None] + jnp.arange(T, dtype=jnp.int32)
-            default_positions = slots
-        positions = jnp.broadcast_to(default_positions if positions is None else positions, (B, T))
+        if cache is not None and segment_ids is not None:
+            raise ValueError(
+                "Llama: segment_ids cannot be combined with a cache: each cache row is one document"
+            )
+        if cache is not None and cache.lengths.shape != (B,):
+            raise ValueError(f"Llama: the cache has {cache.lengths.shape[0]} rows but the tokens have {B}")
+        slots = None if cache is None else cache.slots(T)
+        if positions is None:
+            positions = jnp.arange(T, dtype=jnp.int32) if slots is None else slots
+        positions = jnp.broadcast_to(positions, (B, T))
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         mask = self._mask(slots, segment_ids)
-        graphdef, state = nnx.split(self.blocks)
+        graphdef, stacked = nnx.split(self.blocks)
 
         def run_block(carry, layer_input):
-            x, cached = carry
-            block_state, layer = layer_input
-            view = None if cached is None else LayerCache(*cached, layer=layer, slots=slots)
-            x, view = nnx.merge(graphdef, block_state)(x, rope, mask, view)
-            return (x, None if view is None else (view.key, view.value)), None
+            layer, parameters = layer_input
+            return nnx.merge(graphdef, parameters)(carry[0], rope, mask, carry[1], layer), None
 
         if self.remat is not None and cache is None:
             # prevent_cse would only slow a scan down: its body is not merged with anything.
             run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        cached = None if cache is None else (cache.key, cache.value)
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, cached), _ = jax.lax.scan(run_block, (x.astype(self.dtype), cached), (state, layers))
+        (x, cache), _ = jax.lax.scan(run_block, (x.astype(self.dtype), cache), (layers, stacked))
         x = self.final_norm(x)
-        if cache is None:
-            return x
-        return x, KVCache(*cached, lengths=cache.lengths + T)
+        return x if cache is None else (x, dataclasses.replace(cache, lengths=cache.lengths + T))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]; inputs in the model's dtype, accumulation and result in float32."""
@@ -295,16 +257,12 @@ class Llama(nnx.Module):
         self, tokens: jax.Array, *, positions: jax.Array | None = ..., cache: KVCache
     ) -> tuple[jax.Array, KVCache]: ...
     def __call__(self, tokens, *, positions=None, segment_ids=None, cache=None):
-        """int32 tokens [B, T] -> float32 logits [B, T, V], and the new cache if one is passed; see `hidden`."""
-        x = self.embed(tokens)
+        """int32 tokens [B, T] -> float32 logits [B, T, V], and the new cache if one is passed."""
+        hidden = self.hidden(self.embed(tokens), positions=positions, segment_ids=segment_ids, cache=cache)
         if cache is None:
-            return self.logits(self.hidden(x, positions=positions, segment_ids=segment_ids))
-        if segment_ids is not None:
-            raise ValueError(
-                "Llama: segment_ids cannot be combined with a cache: each cache row is one document"
-            )
-        x, cache = self.hidden(x, positions=positions, cache=cache)
-        return self.logits(x), cache
+            return self.logits(hidden)
+        hidden, cache = hidden
+        return self.logits(hidden), cache
 
     def _mask(self, slots: jax.Array | None, segment_ids: jax.Array | None) -> masks.Mask:
         # By index in the row, not by position: positions of packed documents restart, indices do not.

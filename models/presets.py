@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named model shapes. `tiny` and `small` have a byte-level vocabulary (Tokenizer.bytes()) and are meant to be trained
-from scratch; the others are the shapes of published models."""
+"""Named model shapes. `tiny` and `small` have a byte-level vocabulary (Tokenizer.bytes()) and are meant to be
+trained from scratch; the others are the shapes of published models."""
 
 from __future__ import annotations
 
