@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fast kernels for JAX on the hardware people own. See README.md."""
+
+from pallas_kernels import masks
+from pallas_kernels.core.check import UnsupportedError
+from pallas_kernels.core.dispatch import explain
+from pallas_kernels.flash_attention.api import flash_attention
+
+__all__ = ["UnsupportedError", "explain", "flash_attention", "masks"]
+__version__ = "0.1.0"

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public function: checks, dispatch and the custom gradient. No arithmetic here."""
+
+import dataclasses
+import functools
+import math
+import numbers
+import warnings
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core import dispatch, tuning
+from pallas_kernels.core.check import Axes, check_dtype, check_same_dtype
+from pallas_kernels.core.dispatch import Argument, Call, Choice, Implementation
+from pallas_kernels.core.varying import vary_like
+from pallas_kernels.flash_attention import config as config_lib
+from pallas_kernels.masks import Mask, as_mask
+
+OP = "flash_attention"
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@overload
+def flash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    mask: Mask | jax.Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sink: jax.Array | None = None,
+    return_lse: Literal[False] = False,
+    implementation: Implementation = "auto",
+    config: Any = None,
+) -> jax.Array: ...
+@overload
+def flash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    mask: Mask | jax.Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sink: jax.Array | None = None,
+    return_lse: Literal[True],
+    implementation: Implementation = "auto",
+    config: Any = None,
+) -> tuple[jax.Array, jax.Array]: ...
+def flash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    mask: Mask | jax.Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sink: jax.Array | None = None,
+    return_lse: bool = False,
+    implementation: Implementation = "auto",
+    config: Any = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    r"""Softmax attention in memory linear in T and S, differentiable in query, key, value, bias and sink.
+
+    Letters: B batch, T query length, S key length, N query heads, K key/value heads (N a multiple of K; query head
+    n reads key/value head n // (N / K)), H head dimension, Hv head dimension of the values.
+
+        logit[t, s] = soft_cap * tanh(scale * q[t].k[s] / soft_cap)  (or scale * q[t].k[s])  + bias[t, s]
+        out[t]      = sum_s exp(logit[t, s]) v[s] / (sum_s exp(logit[t, s]) + exp(sink))     over visible s
+
+    Masks are objects of `pallas_kernels.masks`, combined by `&` and `|`. Causal is aligned bottom-right (the last
+    query sees the last key), and a row that sees no key returns 0, LSE -inf and zero gradient (with a sink, the LSE
+    is the sink):
+
+        masks.Causal(), T=2 S=5:    1 1 1 1 0       T=5 S=2:    0 0   <- returns 0
+                                    1 1 1 1 1                   0 0
+                                                                0 0
+                                                                1 0
+                                                                1 1
+
+    >>> import jax, jax.numpy as jnp
+    >>> from pallas_kernels import flash_attention, masks
+    >>> q = jax.random.normal(jax.random.key(0), (1, 128, 8, 64), jnp.bfloat16)   # [B, T, N, H]
+    >>> kv = jax.random.normal(jax.random.key(1), (1, 200, 2, 64), jnp.bfloat16)  # [B, S, K, H]
+    >>> flash_attention(q, kv, kv, mask=masks.Causal()).shape
+    (1, 128, 8, 64)
+
+    Args:
+      query: [B, T, N, H], float32, bfloat16, float16 or float64. Products accumulate in float32 (float64).
+      key: [B, S, K, H], same dtype.
+      value: [B, S, K, Hv], same dtype.
+      bias: additive logits, broadcastable to [B, N, T, S] from the right. Its gradient is summed over the axes
+        along which it was broadcast.
+      mask: a mask, a boolean array broadcastable to [B, N, T, S] (True = visible), or None.
+      scale: multiplies q.k; a Python number, 1 / sqrt(H) by default. (A learned scale: multiply query by it.)
+      soft_cap: bounds the logits to (-soft_cap, soft_cap) before bias and mask; a Python number > 0.
+      sink: [N], one more logit a head, after scaling, that joins the maximum, the denominator and the LSE, and has
+        no value row (attention sinks of Xiao et al., 2023, in the form of gpt-oss).
+      return_lse: also return log(sum_s exp(logit) + exp(sink)), natural logarithm, float32 [B, N, T]. It is
+        differentiable too, so partial results over pieces of S can be merged and trained through.
+      implementation: "auto", "mosaic_gpu", "mosaic_tpu", "xla", "reference", or names in order of preference. A
+        named one runs or raises. `pallas_kernels.explain` shows what runs and why.
+      config: tile sizes (an object of pallas_kernels.flash_attention.config); None looks in the tuning tables.
+
+    Returns:
+      [B, T, N, Hv] in the dtype of query; with return_lse=True a pair of it and the LSE.
+
+    Raises:
+      ValueError: shapes that do not fit, named by argument and axis letter; options out of range.
+      TypeError: dtypes that do not fit.
+      UnsupportedError: the named implementation cannot run this call; says why and what to try.
+
+    Source: Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", 2022; masks
+    by tile class as in Lin et al., "FastAttention", 2024, section 4.2.
+    """
+    mask = as_mask(mask)
+    call = describe(query, key, value, bias, mask=mask, scale=scale, soft_cap=soft_cap, sink=sink)
+    forward = dispatch.choose(call, implementation)
+    inputs = _Inputs(query, key, value, bias, sink, mask)
+    options = _Options(call.option("scale"), soft_cap)
+    if forward.module.__name__.endswith(".reference"):
+        out, lse = forward.module.attention(
+            query, key, value, bias, mask=mask, sink=sink, scale=options.scale, soft_cap=soft_cap
+        )
+        out = out.astype(query.dtype)
+    else:
+        backward = dispatch.choose(call.backward(), implementation)
+        plan = _Plan(options, forward, _config(forward, config), backward, _config(backward, config))
+        out, lse = _attend(plan, vary_like(inputs, inputs))
+    return (out, lse) if return_lse else out
+
+
+def describe(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sink: jax.Array | None = None,
+) -> Call:
+    """Checks the arguments of `flash_attention` and puts them in the words of dispatch."""
+    axes = Axes(OP)
+    axes.bind("query", query.shape, "B T N H")
+    axes.bind("key", key.shape, "B S K H")
+    axes.bind("value", value.shape, "B S K Hv")
+    empty = [letter for letter, size in axes.items() if size == 0]
+    if empty:
+        raise ValueError(
+            f"{OP}: {', '.join(f'{x}=0 ({axes.origin[x]})' for x in empty)}; every axis needs a size > 0."
+        )
+    N, K = axes["N"], axes["K"]
+    if N % K:
+        raise ValueError(f"{OP}: query heads N={N} must be a multiple of key heads K={K}.")
+    check_dtype(OP, "query", query.dtype, _DTYPES)
+    check_same_dtype(OP, {"query": query.dtype, "key": key.dtype, "value": value.dtype})
+    _warn_if_heads_first(query.shape, key.shape)
+    arguments = [
+        Argument("q", query.dtype.name, tuple(zip("BTNH", query.shape, strict=True))),
+        Argument("k", key.dtype.name, tuple(zip("BSKH", key.shape, strict=True))),
+        Argument("v", value.dtype.name, tuple(zip(("B", "S", "K", "Hv"), value.shape, strict=True))),
+    ]
+    if bias is not None:
+        axes.bind_broadcast("bias", bias.shape, "B N T S")
+        _check_floating("bias", bias)
+        shape = (1,) * (4 - bias.ndim) + bias.shape
+        # Letters of a broadcast axis are marked, so that `Call.sizes` keeps the true sizes.
+        letters = (x if n == axes[x] else f"{x}*" for x, n in zip("BNTS", shape, strict=True))
+        arguments.append(Argument("bias", bias.dtype.name, tuple(zip(letters, shape, strict=True))))
+    if sink is not None:
+        axes.bind("sink", sink.shape, "N")
+        _check_floating("sink", sink)
+        arguments.append(Argument("sink", sink.dtype.name, (("N", N),)))
+    if mask is not None:
+        mask.check(axes)
+    scale = 1 / math.sqrt(axes["H"]) if scale is None else _number("scale", scale)
+    if soft_cap is not None and _number("soft_cap", soft_cap) <= 0:
+        raise ValueError(f"{OP}: soft_cap must be > 0 or None, got {soft_cap!r}.")
+    options = (("mask", None if mask is None else str(mask)), ("scale", scale), ("soft_cap", soft_cap))
+    return Call(OP, tuple(arguments), options)
+
+
+def _number(name: str, value) -> float:
+    """A finite Python number; arrays would have to be traced, and kernels fold these in."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        hint = " (for a learned scale multiply query by it)" if name == "scale" else ""
+        raise TypeError(f"{OP}: {name} must be a finite Python number, got {value!r}{hint}.")
+    return float(value)
+
+
+def _check_floating(name: str, array: jax.Array) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        hint = "; a boolean mask goes to mask=" if array.dtype == jnp.bool_ else ""
+        raise TypeError(f"{OP}: {name} must be floating point, got {array.dtype}{hint}.")
+
+
+def _warn_if_heads_first(query: tuple[int, ...], key: tuple[int, ...]) -> None:
+    """Arrays laid out [B, N, T, H] often fit the shapes of [B, T, N, H] and give quietly wrong numbers."""
+    _, T, N, _ = query
+    if N > T > 1 and T % key[1] == 0:
+        _warn_layout_once(query)
+
+
+@functools.cache
+def _warn_layout_once(shape: tuple[int, ...]) -> None:
+    del shape  # once for each shape
+    warnings.warn(
+        f"{OP}: query has more heads than rows (N={shape[2]} > T={shape[1]}); the layout is [B, T, N, H]. If yours is "
+        "[B, N, T, H], swap axes 1 and 2 of query, key and value.",
+        stacklevel=5,
+    )
+
+
+class _Inputs(NamedTuple):
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None
+    sink: jax.Array | None
+    mask: Mask | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    scale: float
+    soft_cap: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What runs; forward and backward are chosen apart, and meet only in (q, k, v, out, lse)."""
+
+    options: _Options
+    forward: Choice
+    forward_config: Any
+    backward: Choice
+    backward_config: Any
+
+
+def _config(choice: Choice, config: Any) -> Any:
+    """The user's config if it is this implementation's, else what the tuning tables or the heuristic say."""
+    kind = config_lib.CONFIGS.get(choice.implementation)
+    if config is not None and not isinstance(config, tuple(config_lib.CONFIGS.values())):
+        known = ", ".join(c.__name__ for c in config_lib.CONFIGS.values())
+        raise TypeError(f"{OP}: config must be one of {known}, got {type(config).__name__}.")
+    if config is not None and choice.call.direction == "forward" and kind and not isinstance(config, kind):
+        raise ValueError(
+            f'{OP}: config is a {type(config).__name__}, but implementation "{choice.implementation}" runs and takes a '
+            f"{kind.__name__}; name the implementation that the config is for."
+        )
+    if kind is None:
+        return None
+    given = config if isinstance(config, kind) else None
+    return tuning.resolve(choice, kind, config_lib.heuristic, given)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
+    return plan.forward.module.forward(
+        *inputs, config=plan.forward_config, **dataclasses.asdict(plan.options)
+    )
+
+
+def _attend_forward(plan: _Plan, inputs: _Inputs):
+    out, lse = _attend(plan, inputs)
+    return (out, lse), (inputs, out, lse)
+
+
+def _attend_backward(plan: _Plan, residuals, cotangents):
+    inputs, out, lse = residuals
+    gradients = plan.backward.module.backward(
+        *inputs, out, lse, *cotangents, config=plan.backward_config, **dataclasses.asdict(plan.options)
+    )
+    return (_Inputs(*gradients, mask=None),)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

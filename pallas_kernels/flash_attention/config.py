@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile sizes of each implementation: what they may be, a good guess, and where to search."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from pallas_kernels.core.device import Device
+from pallas_kernels.core.dispatch import Call
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaConfig:
+    """Tiles of the `xla` implementation.
+
+    Attributes:
+      block_q: query rows of a tile.
+      block_k: key columns of a tile.
+    """
+
+    block_q: int
+    block_k: int
+
+    def __post_init__(self):
+        for name in ("block_q", "block_k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"XlaConfig.{name} must be an integer >= 1, got {value!r}.")
+
+
+CONFIGS = {"xla": XlaConfig}
+
+
+def heuristic(call: Call, device: Device, implementation: str) -> XlaConfig:
+    """A good configuration without measuring anything."""
+    del implementation  # only `xla` has a configuration so far
+    s = call.sizes
+    # A tile of float32 logits should stay in the last-level cache of a CPU; a GPU wants few, large matmuls.
+    budget = 2**21 if device.platform == "cpu" else 2**26
+    block_q = min(s["T"], 256 if device.platform == "cpu" else 512)
+    block_k = min(s["S"], max(128, _power_of_two_below(budget // (s["B"] * s["N"] * block_q))))
+    return XlaConfig(block_q, block_k)
+
+
+def search_space(call: Call, device: Device, implementation: str) -> Iterator[XlaConfig]:
+    """Configurations worth measuring."""
+    del device, implementation
+    T, S = call.sizes["T"], call.sizes["S"]
+    seen = set()
+    for block_q in (64, 128, 256, 512, 1024):
+        for block_k in (128, 256, 512, 1024, 4096):
+            config = XlaConfig(min(block_q, T), min(block_k, S))
+            if config not in seen:
+                seen.add(config)
+                yield config
+
+
+def _power_of_two_below(n: int) -> int:
+    return 1 << max(n.bit_length() - 1, 0)
