@@ -3,6 +3,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -32,9 +33,7 @@ class Axes(dict[str, int]):
         """Matches `shape` with the letters, binding new ones; a conflict is a ValueError that shows both."""
         wanted = letters.split()
         fixed = [x for x in wanted if x in self]
-        clash = len(shape) != len(wanted) or any(
-            self[x] != n for x, n in zip(wanted, shape, strict=True) if x in self
-        )
+        clash = len(shape) != len(wanted) or any(self[x] != n for x, n in zip(wanted, shape, strict=True) if x in self)
         if clash:
             known = ", ".join(f"{x}={self[x]}" for x in fixed)
             rule = f"[{', '.join(wanted)}]" + (f" with {known}" if known else "")
@@ -64,14 +63,12 @@ def check_dtype(op: str, name: str, dtype, allowed: Iterable[str]) -> None:
         raise TypeError(f"{op}: {name} must be one of {', '.join(allowed)}, got {jnp.dtype(dtype).name}.")
 
 
-def check_same_dtype(op: str, dtypes: Mapping[str, object]) -> None:
+def check_same_dtype(op: str, dtypes: Mapping[str, Any]) -> None:
     """TypeError unless all the named arrays have one dtype."""
     names = {name: jnp.dtype(dtype).name for name, dtype in dtypes.items()}
     if len(set(names.values())) > 1:
         listed = ", ".join(f"{k} {v}" for k, v in names.items())
-        raise TypeError(
-            f"{op}: {', '.join(names)} must have one dtype, got {listed}; cast them with .astype(...)."
-        )
+        raise TypeError(f"{op}: {', '.join(names)} must have one dtype, got {listed}; cast them with .astype(...).")
 
 
 _SHORT = {"float": "f", "bfloat": "bf", "uint": "u", "int": "s"}

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,18 +53,12 @@ def _rates(bf16: float, *, float32: float | None = None, int8: float | None = No
 # Vendor data sheets, dense (no sparsity), SXM parts where there is a choice. `match` is looked up in the
 # device kind that JAX reports; the longest match wins, so "H100 PCIe" would override "H100".
 _KNOWN: dict[str, Device] = {
-    "H100": Device(
-        "gpu", "NVIDIA H100 80GB HBM3", "sm90", 132, 3.35e12, _rates(989, float32=495, int8=1979, fp8=1979)
-    ),
-    "H100 PCIe": Device(
-        "gpu", "NVIDIA H100 PCIe", "sm90", 114, 2.0e12, _rates(756, float32=378, int8=1513, fp8=1513)
-    ),
+    "H100": Device("gpu", "NVIDIA H100 80GB HBM3", "sm90", 132, 3.35e12, _rates(989, float32=495, int8=1979, fp8=1979)),
+    "H100 PCIe": Device("gpu", "NVIDIA H100 PCIe", "sm90", 114, 2.0e12, _rates(756, float32=378, int8=1513, fp8=1513)),
     "H200": Device("gpu", "NVIDIA H200", "sm90", 132, 4.8e12, _rates(989, float32=495, int8=1979, fp8=1979)),
     "A100": Device("gpu", "NVIDIA A100-SXM4-80GB", "sm80", 108, 2.04e12, _rates(312, float32=156, int8=624)),
     "A10": Device("gpu", "NVIDIA A10", "sm86", 72, 0.6e12, _rates(125, float32=62.5, int8=250)),
-    "RTX 3090": Device(
-        "gpu", "NVIDIA GeForce RTX 3090", "sm86", 82, 0.936e12, _rates(71, float32=35.6, int8=284)
-    ),
+    "RTX 3090": Device("gpu", "NVIDIA GeForce RTX 3090", "sm86", 82, 0.936e12, _rates(71, float32=35.6, int8=284)),
     "RTX 4090": Device(
         "gpu", "NVIDIA GeForce RTX 4090", "sm89", 128, 1.008e12, _rates(165, float32=82.6, int8=660, fp8=330)
     ),
@@ -111,8 +106,8 @@ def current() -> Device:
     return describe(default if default is not None else jax.devices()[0])
 
 
-def describe(device: jax.Device) -> Device:
-    """What this project knows about a JAX device; unknown rates are None, never guessed."""
+def describe(device: Any) -> Device:
+    """What this project knows about a `jax.Device`; unknown rates are None, never guessed."""
     platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
     kind = str(device.device_kind)
     matches = [name for name in _KNOWN if name in kind and _KNOWN[name].platform == platform]

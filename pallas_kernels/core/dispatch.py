@@ -17,6 +17,7 @@ import importlib
 import logging
 import types
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -80,7 +81,7 @@ class Call:
     def argument(self, label: str) -> Argument | None:
         return next((a for a in self.arguments if a.label == label), None)
 
-    def option(self, name: str) -> Hashable:
+    def option(self, name: str) -> Any:
         return dict(self.options)[name]
 
     def backward(self) -> "Call":
@@ -93,7 +94,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The answer for one call and direction. `module` is None where nothing accepted the call."""
+    """The answer for one call and direction. `implementation` is None where nothing accepted the call."""
 
     call: Call
     device: Device
@@ -102,11 +103,16 @@ class Choice:
     refusals: tuple[tuple[str, Refusal], ...]
 
     @property
-    def module(self) -> types.ModuleType:
-        """The implementation's module; an UnsupportedError with the reasons if none accepted."""
+    def name(self) -> str:
+        """The implementation's name; an UnsupportedError with the reasons if none accepted."""
         if self.implementation is None:
             raise UnsupportedError(self.refusal_text())
-        return load(self.call.op, self.implementation)
+        return self.implementation
+
+    @property
+    def module(self) -> types.ModuleType:
+        """The implementation's module; raises as `name` does."""
+        return load(self.call.op, self.name)
 
     def refusal_text(self) -> str:
         named = self.requested[0] if len(self.requested) == 1 else self.requested
@@ -156,9 +162,7 @@ def requested_names(implementation: Implementation) -> tuple[str, ...]:
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:
         known = ", ".join(f'"{name}"' for name in ("auto", *IMPLEMENTATIONS))
-        raise ValueError(
-            f"implementation must be one of {known}, or a sequence of them, got {implementation!r}."
-        )
+        raise ValueError(f"implementation must be one of {known}, or a sequence of them, got {implementation!r}.")
     return names
 
 

@@ -60,11 +60,7 @@ def measure(actual, expected, naive) -> Error:
     def errors(x):
         same = np.array_equal(x[~finite], e[~finite], equal_nan=False)
         difference = np.abs(x - e)[finite] if same else np.array([np.nan])
-        return (
-            (float(difference.max(initial=0)), float(np.sqrt(np.mean(difference**2))))
-            if difference.size
-            else (0, 0)
-        )
+        return (float(difference.max(initial=0)), float(np.sqrt(np.mean(difference**2)))) if difference.size else (0, 0)
 
     scale = float(np.abs(e[finite]).max(initial=0))
     return Error(*errors(a), *errors(n), eps * scale)

@@ -29,7 +29,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jaxlib
@@ -37,7 +37,6 @@ import jaxlib
 from pallas_kernels.core import dispatch, tolerance
 from pallas_kernels.core.dispatch import Call, Choice
 
-ConfigT = TypeVar("ConfigT")
 _SHIPPED = pathlib.Path(__file__).parent / "tuned"
 
 
@@ -60,9 +59,7 @@ def source_hash(op: str, implementation: str) -> str:
 
 def key(call: Call, implementation: str) -> str:
     """The readable key of one entry. Sizes go up to the next power of two: a bucket shares one config."""
-    sizes = ",".join(
-        f"{letter}={1 << (size - 1).bit_length()}" for letter, size in sorted(call.sizes.items())
-    )
+    sizes = ",".join(f"{letter}={1 << (size - 1).bit_length()}" for letter, size in sorted(call.sizes.items()))
     dtypes = ",".join(f"{a.label}:{a.dtype}" for a in call.arguments)
     options = ",".join(f"{name}={value}" for name, value in call.options)
     source = source_hash(call.op, implementation)
@@ -91,9 +88,7 @@ class TuningResult:
         for name, entries in self.tables.items():
             merged = {**_read_table(root / name), **entries}
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=(root / name).parent, suffix=".tmp", delete=False
-            ) as file:
+            with tempfile.NamedTemporaryFile("w", dir=(root / name).parent, suffix=".tmp", delete=False) as file:
                 json.dump(merged, file, indent=1, sort_keys=True)
             os.replace(file.name, root / name)
 
@@ -126,14 +121,11 @@ def use(result: TuningResult) -> Iterator[None]:
         _in_use.reset(token)
 
 
-def resolve(
-    choice: Choice, kind: type[ConfigT], heuristic: Callable, given: ConfigT | None = None
-) -> ConfigT:
+def resolve[ConfigT](choice: Choice, kind: type[ConfigT], heuristic: Callable, given: ConfigT | None = None) -> ConfigT:
     """The Config of one choice, from the first place that has one."""
     if given is not None:
         return given
-    implementation = choice.implementation
-    assert implementation is not None  # a Choice without one has raised before it comes here
+    implementation = choice.name
     name = table_name(choice.device.kind, choice.call.op, implementation)
     entry_key = key(choice.call, implementation)
     in_use = _in_use.get()
@@ -148,7 +140,7 @@ def resolve(
     return heuristic(choice.call, choice.device, implementation)
 
 
-def _parse(fields: Any, kind: type[ConfigT]) -> ConfigT | None:
+def _parse[ConfigT](fields: Any, kind: type[ConfigT]) -> ConfigT | None:
     """A Config from its stored fields; None if they no longer make one."""
     if not isinstance(fields, dict):
         return None
@@ -158,9 +150,7 @@ def _parse(fields: Any, kind: type[ConfigT]) -> ConfigT | None:
         return None
 
 
-def autotune(
-    function: Callable, *args, implementation: str | None = None, repeats: int = 5, **kwargs
-) -> TuningResult:
+def autotune(function: Callable, *args, implementation: str | None = None, repeats: int = 5, **kwargs) -> TuningResult:
     """Measures every config of the op's search space on these arguments and returns the fastest.
 
     A config counts only if its output is as accurate as core/tolerance.py asks, against the reference. Time is wall
@@ -177,32 +167,28 @@ def autotune(
       One entry, for `use`, `|` or `.save()`.
     """
     named = {} if implementation is None else {"implementation": implementation}
-    choice = next(
-        c for c in dispatch.explain(function, *args, **named, **kwargs) if c.call.direction == "forward"
-    )
+    choice = next(c for c in dispatch.explain(function, *args, **named, **kwargs) if c.call.direction == "forward")
     space = _search_space(choice)
     expected = function(*args, implementation="reference", **kwargs)
     # The heuristic's config is the yardstick: a candidate may not be less accurate than what runs today.
     naive = function(*args, **named, **kwargs)
     best, best_time = None, float("inf")
     for config in space:
-        run = jax.jit(
-            functools.partial(function, implementation=choice.implementation, config=config, **kwargs)
-        )
+        run = jax.jit(functools.partial(function, implementation=choice.name, config=config, **kwargs))
         for actual, want, usual in zip(*map(jax.tree.leaves, (run(*args), expected, naive)), strict=True):
             tolerance.assert_normal(actual, want, usual, f"{choice.call.op} with {config}")
         seconds = statistics.median(_time(run, args) for _ in range(repeats))
         if seconds < best_time:
             best, best_time = config, seconds
     if best is None:
-        raise ValueError(f"{choice.call.op}: {choice.implementation} has no configuration to search.")
-    name = table_name(choice.device.kind, choice.call.op, choice.implementation)
-    return TuningResult({name: {key(choice.call, choice.implementation): dataclasses.asdict(best)}})
+        raise ValueError(f"{choice.call.op}: {choice.name} has no configuration to search.")
+    name = table_name(choice.device.kind, choice.call.op, choice.name)
+    return TuningResult({name: {key(choice.call, choice.name): dataclasses.asdict(best)}})
 
 
 def _search_space(choice: Choice) -> Iterator[Any]:
     module = dispatch.load(choice.call.op, "config")
-    return module.search_space(choice.call, choice.device, choice.implementation)
+    return module.search_space(choice.call, choice.device, choice.name)
 
 
 def _time(run: Callable, args: tuple) -> float:

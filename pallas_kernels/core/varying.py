@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values inside shard_map carry the mesh axes they vary over; loops and custom gradients need them to agree."""
 
-from typing import TypeVar
-
 import jax
-
-Tree = TypeVar("Tree")
 
 
 def varying_axes(tree) -> frozenset[str]:
@@ -13,7 +9,7 @@ def varying_axes(tree) -> frozenset[str]:
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
 
 
-def vary_like(tree: Tree, like) -> Tree:
+def vary_like[Tree](tree: Tree, like) -> Tree:
     """Marks every leaf as varying over the axes that `like` varies over.
 
     The numbers stay. JAX transposes the mark to a psum, which is what the gradient of a replicated value needs.

@@ -154,9 +154,7 @@ def describe(
     axes.bind("value", value.shape, "B S K Hv")
     empty = [letter for letter, size in axes.items() if size == 0]
     if empty:
-        raise ValueError(
-            f"{OP}: {', '.join(f'{x}=0 ({axes.origin[x]})' for x in empty)}; every axis needs a size > 0."
-        )
+        raise ValueError(f"{OP}: {', '.join(f'{x}=0 ({axes.origin[x]})' for x in empty)}; every axis needs a size > 0.")
     N, K = axes["N"], axes["K"]
     if N % K:
         raise ValueError(f"{OP}: query heads N={N} must be a multiple of key heads K={K}.")
@@ -211,7 +209,6 @@ def _warn_if_heads_first(query: tuple[int, ...], key: tuple[int, ...]) -> None:
 
 @functools.cache
 def _warn_layout_once(shape: tuple[int, ...]) -> None:
-    del shape  # once for each shape
     warnings.warn(
         f"{OP}: query has more heads than rows (N={shape[2]} > T={shape[1]}); the layout is [B, T, N, H]. If yours is "
         "[B, N, T, H], swap axes 1 and 2 of query, key and value.",
@@ -228,8 +225,7 @@ class _Inputs(NamedTuple):
     mask: Mask | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
+class _Options(NamedTuple):
     scale: float
     soft_cap: float | None
 
@@ -247,7 +243,7 @@ class _Plan:
 
 def _config(choice: Choice, config: Any) -> Any:
     """The user's config if it is this implementation's, else what the tuning tables or the heuristic say."""
-    kind = config_lib.CONFIGS.get(choice.implementation)
+    kind = config_lib.CONFIGS.get(choice.name) if choice.implementation else None
     if config is not None and not isinstance(config, tuple(config_lib.CONFIGS.values())):
         known = ", ".join(c.__name__ for c in config_lib.CONFIGS.values())
         raise TypeError(f"{OP}: config must be one of {known}, got {type(config).__name__}.")
@@ -262,24 +258,22 @@ def _config(choice: Choice, config: Any) -> Any:
     return tuning.resolve(choice, kind, config_lib.heuristic, given)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
-    return plan.forward.module.forward(
-        *inputs, config=plan.forward_config, **dataclasses.asdict(plan.options)
-    )
+def _run_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
+    return plan.forward.module.forward(*inputs, config=plan.forward_config, **plan.options._asdict())
 
 
-def _attend_forward(plan: _Plan, inputs: _Inputs):
-    out, lse = _attend(plan, inputs)
+def _forward_rule(plan: _Plan, inputs: _Inputs):
+    out, lse = _run_forward(plan, inputs)
     return (out, lse), (inputs, out, lse)
 
 
-def _attend_backward(plan: _Plan, residuals, cotangents):
+def _backward_rule(plan: _Plan, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]):
     inputs, out, lse = residuals
     gradients = plan.backward.module.backward(
-        *inputs, out, lse, *cotangents, config=plan.backward_config, **dataclasses.asdict(plan.options)
+        *inputs, out, lse, *cotangents, config=plan.backward_config, **plan.options._asdict()
     )
     return (_Inputs(*gradients, mask=None),)
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+_attend: Any = jax.custom_vjp(_run_forward, nondiff_argnums=(0,))
+_attend.defvjp(_forward_rule, _backward_rule)

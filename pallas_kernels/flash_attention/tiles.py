@@ -53,9 +53,7 @@ def work_list(mask: Mask | None, T: int, S: int, block_q: int, block_k: int) -> 
     return WorkList(rows, cols, jnp.sum(live, dtype=jnp.int32))
 
 
-def count(
-    mask: Mask | None, T: int, S: int, block_q: int, block_k: int, *, B: int = 1, N: int = 1
-) -> dict[str, int]:
+def count(mask: Mask | None, T: int, S: int, block_q: int, block_k: int, *, B: int = 1, N: int = 1) -> dict[str, int]:
     """How many tiles of each class B x N attention planes have; for reports, not inside jit.
 
     >>> from pallas_kernels import masks
@@ -64,6 +62,4 @@ def count(
     """
     classes = np.asarray(classify(mask, T, S, block_q, block_k))
     classes = np.broadcast_to(classes, (B, N, *classes.shape[2:]))
-    return {
-        name: int(np.sum(classes == c)) for name, c in (("empty", EMPTY), ("mixed", MIXED), ("full", FULL))
-    }
+    return {name: int(np.sum(classes == c)) for name, c in (("empty", EMPTY), ("mixed", MIXED), ("full", FULL))}

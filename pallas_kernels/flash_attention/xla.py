@@ -24,6 +24,7 @@ from pallas_kernels.core.varying import vary_like
 from pallas_kernels.flash_attention import tiles
 from pallas_kernels.flash_attention.config import XlaConfig
 from pallas_kernels.masks import Mask
+from pallas_kernels.masks.base import Array
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
@@ -82,7 +83,7 @@ class _Plane:
             s = jnp.where(self._grouped(self.mask.allowed(rows, cols, self.T, self.S)), s, -jnp.inf)
         return s, slope
 
-    def _grouped(self, tile: jax.Array) -> jax.Array:
+    def _grouped(self, tile: Array) -> Array:
         """[B|1, N|1, R, C] -> [B|1, K|1, G|1, R, C], as the logits are laid out."""
         K, G = self.query.shape[1:3]
         heads = (1, 1) if tile.shape[1] == 1 else (K, G)
@@ -135,9 +136,7 @@ def forward(
         rescale = jnp.exp(m - m_safe)
         l = l * rescale + p.sum(-1, keepdims=True)
         v = plane.key_rows(plane.value, j)
-        acc = acc * rescale + jnp.einsum(
-            "bkgts,bksh->bkgth", p.astype(v.dtype), v, preferred_element_type=dtype
-        )
+        acc = acc * rescale + jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v, preferred_element_type=dtype)
         return (
             plane.put_query_rows(m_all, m_new, i),
             plane.put_query_rows(l_all, l, i),
@@ -232,19 +231,21 @@ def backward(
         None if plane.bias is None else jnp.zeros(plane.bias.shape, dtype),
     )
     dq, dk, dv, dbias = _for_each_tile(plane, tile, start)
+    dsink = None
     if sink is not None:
         # The sink is a key without a value row: dP = 0 there.
         sink_rows = sink.astype(dtype).reshape(1, K, G, 1, 1)
         p_sink = jnp.where(jnp.isneginf(sink_rows), 0, jnp.exp(sink_rows - lse_rows))
-        dsink = jnp.sum(p_sink[..., : plane.T, :] * shift[..., : plane.T, :], axis=(0, 3, 4)).reshape(-1)
-    if dbias is not None:
-        dbias = dbias[:, :, : plane.T, : plane.S].reshape(bias.shape)
+        dsink = jnp.sum(p_sink[..., : plane.T, :] * shift[..., : plane.T, :], axis=(0, 3, 4))
+        dsink = dsink.reshape(-1).astype(sink.dtype)
+    if bias is not None and dbias is not None:
+        dbias = dbias[:, :, : plane.T, : plane.S].reshape(bias.shape).astype(bias.dtype)
     return Gradients(
         _from_heads_first(dq.astype(query.dtype), plane.T),
         jnp.swapaxes(dk, 1, 2)[:, : plane.S].astype(key.dtype),
         jnp.swapaxes(dv, 1, 2)[:, : plane.S].astype(value.dtype),
-        None if dbias is None else dbias.astype(bias.dtype),
-        None if sink is None else dsink.astype(sink.dtype),
+        dbias,
+        dsink,
     )
 
 
@@ -276,7 +277,7 @@ def _for_each_tile(plane: _Plane, tile, state):
         return tile(int(work.rows[0]), int(work.cols[0]), state)
     rows, cols = jnp.asarray(work.rows), jnp.asarray(work.cols)
     # Inside shard_map the state must vary over the same mesh axes before the loop as after a step.
-    state = vary_like(state, (plane.query, plane.key, plane.value, plane.bias, plane.mask))
+    state = vary_like(state, (plane.query, plane.mask))
     return lax.fori_loop(0, work.count, lambda n, carry: tile(rows[n], cols[n], carry), state)
 
 

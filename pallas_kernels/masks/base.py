@@ -8,7 +8,7 @@ as_array(T, S)                the dense array, for tests and pictures
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,8 @@ class Tiles(NamedTuple):
         return self.live.astype(np.int8) + (self.live & self.full).astype(np.int8)
 
 
-def mask_dataclass(cls=None, *, static: tuple[str, ...] = ()):
+@dataclass_transform(frozen_default=True, eq_default=False)
+def mask_dataclass(cls=None, *, static: tuple[str, ...] = ()) -> Any:
     """A frozen dataclass that is a pytree: fields in `static` are compared, all others are array leaves."""
     if cls is None:
         return functools.partial(mask_dataclass, static=static)

@@ -21,13 +21,11 @@ class Dense(Mask):
       array: bool, broadcastable to [B, N, T, S] from the right; a different mask per head is [N, T, S].
     """
 
-    array: jax.Array
+    array: Array
 
     def check(self, axes: "Axes") -> None:
         if self.array.dtype != jnp.bool_:
-            raise TypeError(
-                f"mask.Dense.array must be bool, got {self.array.dtype}; an additive mask goes to `bias`."
-            )
+            raise TypeError(f"mask.Dense.array must be bool, got {self.array.dtype}; an additive mask goes to `bias`.")
         axes.bind_broadcast("mask.Dense.array", self.array.shape, "B N T S")
 
     def _array4(self) -> Array:
@@ -59,6 +57,4 @@ def as_mask(mask) -> Mask | None:
         return mask
     if isinstance(mask, (jax.Array, np.ndarray)):
         return Dense(mask)
-    raise TypeError(
-        f"mask must be a mask of pallas_kernels.masks, a boolean array or None, got {type(mask).__name__}."
-    )
+    raise TypeError(f"mask must be a mask of pallas_kernels.masks, a boolean array or None, got {type(mask).__name__}.")

@@ -60,9 +60,9 @@ class _Positions(Mask):
 
     def _ranges(self, T: int, S: int, block_q: int, block_k: int) -> tuple[Array, Array, Array, Array]:
         i, j = self.positions(T, S)
-        rows = (as_rows(bound) for bound in block_range(i, block_q))
-        cols = (as_cols(bound) for bound in block_range(j, block_k))
-        return *rows, *cols
+        i_min, i_max = block_range(i, block_q)
+        j_min, j_max = block_range(j, block_k)
+        return as_rows(i_min), as_rows(i_max), as_cols(j_min), as_cols(j_max)
 
 
 @mask_dataclass
@@ -86,9 +86,7 @@ class Causal(_Positions):
         return Tiles(j_min <= i_max, j_max <= i_min)
 
     def __str__(self) -> str:
-        return (
-            "Causal" if self.query_positions is None and self.key_positions is None else "Causal(positions)"
-        )
+        return "Causal" if self.query_positions is None and self.key_positions is None else "Causal(positions)"
 
 
 @mask_dataclass(static=("left", "right"))
@@ -111,9 +109,7 @@ class Window(_Positions):
         for name in ("left", "right"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, np.integer)) or value < 0):
-                raise ValueError(
-                    f"mask.Window.{name} must be None (unbounded) or an integer >= 0, got {value!r}."
-                )
+                raise ValueError(f"mask.Window.{name} must be None (unbounded) or an integer >= 0, got {value!r}.")
 
     def allowed(self, rows: Array, cols: Array, T: int, S: int) -> Array:
         i, j = self._at(rows, cols, T, S)
