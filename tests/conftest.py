@@ -18,7 +18,7 @@ SIMULATED_DEVICES = 8
 
 def _on_gpu(config: pytest.Config) -> bool:
     """Whether this run asked for GPU tests (`-m gpu`, but not `-m "not gpu"`)."""
-    return re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")) is not None
+    return re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr") or "") is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,9 +80,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """Counts skips by reason, so that a hole in the coverage shows as a number."""
-    skipped = [
-        report.longrepr for report in terminalreporter.stats.get("skipped", [])
-    ]  # (file, line, reason)
+    skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]  # (file, line, reason)
     reasons = Counter(reason.removeprefix("Skipped: ") for _, _, reason in skipped)
     if reasons:
         terminalreporter.section(f"{reasons.total()} skipped, by reason")
