@@ -102,9 +102,7 @@ class RopeScaling:
             )
 
 
-def rope_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None = None
-) -> tuple[np.ndarray, float]:
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[np.ndarray, float]:
     """Angular frequencies, radians per position.
 
     Returns:

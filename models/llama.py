@@ -141,9 +141,7 @@ class Llama(nnx.Module):
           implementation: of attention, as in `pallas_kernels.flash_attention`.
         """
         if remat is not None and remat not in REMAT_POLICIES:
-            raise ValueError(
-                f"Llama: unknown remat policy {remat!r}; known: None, {', '.join(REMAT_POLICIES)}"
-            )
+            raise ValueError(f"Llama: unknown remat policy {remat!r}; known: None, {', '.join(REMAT_POLICIES)}")
         self.config = config
         self.dtype = dtype
         self.remat = remat
@@ -170,9 +168,7 @@ class Llama(nnx.Module):
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 tokens [B, T] -> [B, T, D]."""
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-            raise ValueError(
-                f"Llama: tokens must be an integer array [B, T], got {tokens.dtype}{list(tokens.shape)}"
-            )
+            raise ValueError(f"Llama: tokens must be an integer array [B, T], got {tokens.dtype}{list(tokens.shape)}")
         return self.embedding(tokens)
 
     @overload
@@ -205,9 +201,7 @@ class Llama(nnx.Module):
         """
         B, T, _ = x.shape
         if cache is not None and segment_ids is not None:
-            raise ValueError(
-                "Llama: segment_ids cannot be combined with a cache: each cache row is one document"
-            )
+            raise ValueError("Llama: segment_ids cannot be combined with a cache: each cache row is one document")
         if cache is not None and cache.lengths.shape != (B,):
             raise ValueError(f"Llama: the cache has {cache.lengths.shape[0]} rows but the tokens have {B}")
         slots = None if cache is None else cache.slots(T)
