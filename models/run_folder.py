@@ -3,13 +3,13 @@
 
     config.json       the settings that determine the result; a run with others may not write here
     checkpoints/12/   training state and data position after step 12 (Orbax)
-    export/           the final model as a Hugging Face folder
+    export/           the final model as a Hugging Face folder (models.checkpoint.save_checkpoint)
     loss.csv          one line a step, and one an evaluation
     loss_curve.png    drawn from loss.csv
     events.out...     TensorBoard
 
 A checkpoint is written beside its final place and renamed when whole, so a process that dies while saving leaves the
-one before. config.json, loss_curve.png and export/ replace their predecessors in the same way.
+one before. The other files replace their predecessors in the same way.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class RunFolder:
 
     def _remove_run(self) -> None:
         """Removes what this class writes, and nothing else; config.json last, so that a rest is still a run."""
-        for folder in ("checkpoints", "export", "export.new", "export.old"):
+        for folder in ("checkpoints", "export"):
             shutil.rmtree(self.path / folder, ignore_errors=True)
         for file in (*self.path.glob("events.out.*"), *(self.path / name for name in ("loss.csv", "loss_curve.png"))):
             file.unlink(missing_ok=True)
@@ -130,9 +130,7 @@ class RunFolder:
         step = int(state.step)
         if step == self.latest_step:
             return
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_as_dict(state)), data=ocp.args.JsonSave(data_position)
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), data=ocp.args.JsonSave(data_position))
         self._guard(lambda: self._manager.save(step, args=items))
 
     def wait(self) -> None:
@@ -202,19 +200,6 @@ class RunFolder:
         new = self.path / "loss_curve.new.png"
         figure.savefig(new, dpi=120)
         os.replace(new, self.path / "loss_curve.png")
-
-    def export(self, write: Callable[[Path], None]) -> Path:
-        """Replaces export/ by what `write` puts into the empty folder that it is given; returns export/."""
-        new, old, final = (self.path / name for name in ("export.new", "export.old", "export"))
-        for folder in (new, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        new.mkdir()
-        write(new)
-        if final.exists():
-            final.rename(old)
-        new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-        return final
 
     def close(self) -> None:
         """Finishes saves and records."""
