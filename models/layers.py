@@ -235,10 +235,11 @@ class Attention(nnx.Module):
             kernel_init=residual_init(config.num_layers),
             **types,
         )
-        self.query_norm = self.key_norm = None
         if config.qk_norm:
             self.query_norm = nnx.RMSNorm(H, epsilon=config.norm_eps, **types)
             self.key_norm = nnx.RMSNorm(H, epsilon=config.norm_eps, **types)
+        else:
+            self.query_norm = self.key_norm = None
         self.head_dim = H
         self.implementation = implementation
 

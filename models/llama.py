@@ -161,8 +161,9 @@ class Llama(nnx.Module):
 
         self.blocks = stacked(rngs)
         self.final_norm = nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, rngs=rngs, **types)
-        self.output = None
-        if not config.tie_embeddings:
+        if config.tie_embeddings:
+            self.output = None
+        else:
             self.output = nnx.Linear(config.d_model, config.vocab_size, use_bias=False, rngs=rngs, **types)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
