@@ -32,7 +32,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from flax import nnx
 from jax.sharding import Mesh
@@ -149,12 +148,12 @@ def parse_flags(argv: Sequence[str]) -> Settings | None:
     """Settings of a command line, defaults filled in; None if it only asks for help, which is then printed."""
     values = define_flags()
     if any(argument in ("--help", "-help", "-h") for argument in argv[1:]):
-        print(__doc__ + values.get_help())
+        print(f"{__doc__}{values.get_help()}")
         return None
     rest = values(argv)[1:]
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
-    chosen = {field.name: values[field.name].value for field in dataclasses.fields(Settings)}
+    chosen: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Settings)}
     if chosen["preset"] and chosen["checkpoint"]:
         raise ValueError("--preset trains from scratch and --checkpoint fine-tunes; pass one of them")
     if not chosen["checkpoint"]:
@@ -179,7 +178,7 @@ class Run:
     tokenizer: Tokenizer
     mesh: Mesh
     folder: RunFolder
-    schedule: optax.Schedule
+    schedule: Callable[[int], Any]
     graphdef: nnx.GraphDef
     state: TrainState
     data: grain.DatasetIterator[dict[str, np.ndarray]]
@@ -234,7 +233,7 @@ def prepare(settings: Settings) -> Run:
         graphdef=graphdef,
         state=state,
         data=data,
-        evaluation_rows=evaluation and PackedRows(evaluation, settings.seq_len),
+        evaluation_rows=None if evaluation is None else PackedRows(evaluation, settings.seq_len),
         train_step=make_train_step(graphdef, optimizer),
         evaluate=make_evaluate(graphdef),
     )

@@ -106,7 +106,7 @@ OPTIMIZERS = ("adamw", "lamb")
 
 
 def make_schedule(name: str, learning_rate: float, steps: int, warmup: int) -> optax.Schedule:
-    """Learning rate by step: `warmup` steps of linear rise from 0, then
+    """Learning rate by step: `warmup` steps of linear rise, the first already above 0, then
 
     "cosine" to a tenth, "linear" to 0, "constant", or "wsd" (warmup-stable-decay: constant, then linear to 0 in the
     last fifth of all steps; Hu et al. 2024, arXiv:2404.06395).
@@ -128,7 +128,6 @@ def make_schedule(name: str, learning_rate: float, steps: int, warmup: int) -> o
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
     if not warmup:
         return schedule
-    # The first step already moves: 1/warmup of the rate, not 0.
     rising = optax.linear_schedule(learning_rate / warmup, learning_rate, max(1, warmup - 1))
     return optax.join_schedules([rising, schedule], [warmup])
 
