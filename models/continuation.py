@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a row while its tokens arrive: cut at stop tokens and strings, streamed as far as it is certain."""
+"""The text of a row while its tokens arrive: cut where it has to stop, streamed as far as it is certain."""
 
 from __future__ import annotations
 
@@ -49,10 +49,11 @@ class Continuation:
         end = next((i for i, token in enumerate(tokens) if token in self._stop_tokens), None)
         self.tokens += tokens[:end]
         if self._stop and self._find_stop(len(self.tokens)) is not None:
-            # The fewest tokens that hold a stop string: the result must not depend on how many arrive at a
-            # time. unts = range(len(self.tokens) + 1) und = bisect.bisect_left(counts, True, before,
-            # key=lambda n: self._find_stop(n) is not None) lf.tokens = self.tokens[:found]
-            # lf._end("stop_string", self._decode(found)[: self._find_stop(found)])
+            # The fewest tokens that hold a stop string: the result must not depend on how many come at a time.
+            counts = range(len(self.tokens) + 1)
+            found = bisect.bisect_left(counts, True, before, key=lambda n: self._find_stop(n) is not None)
+            self.tokens = self.tokens[:found]
+            self._end("stop_string", self._decode(found)[: self._find_stop(found)])
             return found - before
         if end is not None:
             self._end("stop_token", self._decode(len(self.tokens)))

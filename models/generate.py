@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -60,9 +60,9 @@ def generate(
 ) -> list[str]:
     """Continues each prompt; returns the continuations only, in the order of the prompts.
 
-    Prompts are raw text: no chat template is applied, and no beginning-of-text token is added unless `add_bos`.
-    A row ends at one of the tokenizer's end-of-text tokens, at a token of `stop_tokens`, before the first
-    occurrence of a string of `stop`, or after `max_new_tokens`.
+    Prompts are raw text: no chat template is applied, and no beginning-of-text token is added unless
+    `add_bos`. A row ends at one of the tokenizer's end-of-text tokens, at a token of `stop_tokens`, before the
+    first occurrence of a string of `stop`, or after `max_new_tokens`.
 
     Args:
       temperature, top_k, top_p, min_p: see `models.sampling`; the default is greedy.
@@ -148,7 +148,7 @@ class Generator:
         self.config = model.config
         self.tokenizer = tokenizer
         self._graphdef, self._weights = nnx.split(model)
-        self._cache_dtype = jnp.dtype(model.dtype)
+        self.cache_dtype = jnp.dtype(model.dtype)
         # Ids beyond the tokenizer's only pad the embedding table; they have no text and are never drawn.
         self._drawable = min(self.config.vocab_size, tokenizer.vocab_size)
         self._weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._weights))
@@ -227,7 +227,7 @@ class Generator:
     def _prefill(self, tokens, lengths, settings: _Settings, size: int, rows, timings: Timings) -> _State:
         """The state after the prompts; gives each row its first token."""
         call = functools.partial(_prefill, self._graphdef, self._weights, tokens, lengths, settings)
-        call = functools.partial(call, cache_size=size, cache_dtype=self._cache_dtype, drawable=self._drawable)
+        call = functools.partial(call, cache_size=size, cache_dtype=self.cache_dtype, drawable=self._drawable)
         timings.compile_seconds += _compile(call)
         start = time.perf_counter()
         state = call()
@@ -263,7 +263,7 @@ class Generator:
         config = self.config
         seen = min(tokens, config.sliding_window or tokens)
         numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * seen
-        return numbers * self._cache_dtype.itemsize
+        return numbers * self.cache_dtype.itemsize
 
     def _cache_size(self, lengths: list[int], max_new_tokens: int, requested: int | None) -> int:
         """S: what was asked for, or the bucket of the longest row. ValueError if a row does not fit."""
@@ -286,8 +286,8 @@ class Generator:
                 fixes.append(f"raise cache_size to {total}")
             room = f"cache_size={limit}" if limit < positions else f"the model's max_positions={limit}"
             raise ValueError(
-                f"prompt {row} has {length} tokens and with max_new_tokens={max_new_tokens} needs {total}, more "
-                f"than {room}: {', or '.join(fixes) or 'shorten the prompt and lower max_new_tokens'}"
+                f"prompt {row} has {length} tokens and with max_new_tokens={max_new_tokens} needs {total}, "
+                f"more than {room}: {', or '.join(fixes) or 'shorten the prompt and lower max_new_tokens'}"
             )
         if requested:
             return limit
@@ -305,10 +305,10 @@ class Generator:
 class _Settings:
     """What the device must know of a call; all of it is data."""
 
-    seed: np.uint32
-    request_ids: np.ndarray  # int32 [B]
-    sampling: dict[str, np.ndarray | None]  # arguments of `sample`
-    stop_tokens: np.ndarray  # int32, padded with -1
+    seed: jax.typing.ArrayLike  # uint32 []
+    request_ids: jax.typing.ArrayLike  # int32 [B]
+    sampling: dict[str, Any]  # arguments of `sample`
+    stop_tokens: jax.typing.ArrayLike  # int32, padded with -1
 
 
 @jax.tree_util.register_dataclass

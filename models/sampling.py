@@ -20,6 +20,7 @@ switching a filter on (None to a number) does, because a sampler without filters
 import dataclasses
 import math
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ class Sampling:
         if self.min_p is not None and not (_is_real(self.min_p) and 0 <= self.min_p <= 1):
             raise ValueError(f"min_p must be in [0, 1], or None for no limit, got {self.min_p!r}")
 
-    def arrays(self) -> dict[str, np.ndarray | None]:
+    def arrays(self) -> dict[str, Any]:
         """The keyword arguments of `sample`, as arrays, so that jit traces them."""
         top_k = None if self.top_k is None else np.asarray(min(self.top_k, np.iinfo(np.int32).max), np.int32)
         return {
@@ -63,8 +64,8 @@ class Sampling:
         }
 
 
-def request_keys(seed: jax.typing.ArrayLike, request_ids: jax.Array) -> jax.Array:
-    """A PRNG key for each request [B]: its randomness depends on the seed and on its own id, on nothing else."""
+def request_keys(seed: jax.typing.ArrayLike, request_ids: jax.typing.ArrayLike) -> jax.Array:
+    """A PRNG key for each request [B]; it depends on the seed and the request's id, on nothing else."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), request_ids)
 
 
@@ -124,7 +125,8 @@ def sample(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw(logits: jax.Array) -> jax.Array:
-        positive = jnp.where(temperature > 0, temperature, 1.0)
+        # Below 1e-6 float32 logits leave nothing to chance anyway; 0 is answered by greedy.
+        positive = jnp.maximum(temperature, 1e-6)
         kept = filter_logits(logits, temperature=positive, top_k=top_k, top_p=top_p, min_p=min_p)
         drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
         return jnp.where(temperature > 0, drawn, greedy(logits))
