@@ -76,7 +76,7 @@ def test_every_line_of_a_file_is_answered_whatever_the_batch(run, tmp_path):
     assert code == 0
     assert [json.loads(line)["prompt"] for line in out.splitlines()] == prompts
     assert "prefill 18 tokens" in err  # é is two bytes
-    assert run(f"--prompt_file={objects}", "--batch_size=3", *flags)[1] == out
+    assert run(f"--prompt_file={objects}", "--batch_size=1", *flags)[1] == out
 
 
 def test_the_chat_template_is_applied_when_asked_for(run, checkpoint):
