@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named calls of flash_attention, shared by tests, tuner and benchmarks.
+
+>>> import jax, jax.numpy as jnp
+>>> arguments = SHAPES["ragged_113_203"].make(jnp.bfloat16, jax.random.key(0))
+>>> {name: x.shape for name, x in arguments.items() if hasattr(x, "shape")}["query"]
+(2, 113, 4, 64)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import masks
+
+# Extra arguments (mask, bias, sink, ...) of a shape: they need its letters and random numbers.
+Extras = Callable[["Shape", np.random.Generator], dict[str, Any]]
+
+
+def plain(shape: "Shape", random: np.random.Generator) -> dict[str, Any]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One call. Letters as in the API; `mask_name` is what benchmark rows call its mask."""
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    Hv: int = 0  # 0 means H
+    mask_name: str = "full"
+    extras: Extras = plain
+
+    def make(self, dtype, key: jax.Array) -> dict[str, Any]:
+        """Random arguments of the call, by name."""
+        # NumPy draws them: JAX would compile a generator for every shape.
+        random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        return {
+            "query": normal(random, (self.B, self.T, self.N, self.H), dtype),
+            "key": normal(random, (self.B, self.S, self.K, self.H), dtype),
+            "value": normal(random, (self.B, self.S, self.K, self.Hv or self.H), dtype),
+            **self.extras(self, random),
+        }
+
+    @property
+    def large(self) -> bool:
+        """Too large for a test on a CPU: for benchmarks only."""
+        return self.B * self.N * self.T * self.S > 2**23
+
+    def flops(self, direction: str = "forward") -> float:
+        """Matrix operations of the live part of the plane, as the field counts them: 4 B N T S H forward (two
+        products), 3.5 times that with the backward pass; half of it for a causal mask with T = S."""
+        product = 2 * self.B * self.N * self.T * self.S * (self.H + (self.Hv or self.H))
+        live = {"full": 1.0, "causal": 0.5}.get(self.mask_name)
+        if live is None:
+            mask = self.extras(self, np.random.default_rng(0))["mask"]
+            live = float(np.mean(np.asarray(mask.as_array(self.T, self.S))))
+        return product * live * {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}[direction]
+
+
+def normal(random: np.random.Generator, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(random.standard_normal(shape, np.float32), dtype)
+
+
+def causal(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
+    return {"mask": masks.Causal()}
+
+
+def window(left: int) -> Extras:
+    return lambda shape, random: {"mask": masks.Causal() & masks.Window(left, 0)}
+
+
+def packed(documents: int) -> Extras:
+    """Documents of random length, laid one after another in each row, under a causal mask."""
+
+    def extras(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
+        starts = random.integers(1, shape.T, (shape.B, documents - 1, 1))
+        ids = jnp.asarray(np.sum(np.arange(shape.T) >= starts, axis=1), jnp.int32)
+        return {"mask": masks.Causal() & masks.Segments(ids, ids)}
+
+    return extras
+
+
+def everything(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
+    """Every option at once, with a length of 0 among the key lengths."""
+    lengths = jnp.asarray([0, *([shape.S - shape.S // 3] * (shape.B - 1))], jnp.int32)
+    return {
+        "mask": masks.Causal() & masks.Window(left=shape.S // 2, right=None) & masks.Lengths(lengths),
+        "bias": normal(random, (shape.N, 1, shape.S)),
+        "sink": normal(random, (shape.N,)),
+        "soft_cap": 5.0,
+        "scale": 0.3,
+    }
+
+
+def per_head_dense(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
+    visible = random.random((shape.N, shape.T, shape.S)) < 0.3
+    visible[0, : shape.T // 2] = False  # half of head 0 sees nothing
+    return {"mask": masks.Dense(jnp.asarray(visible))}
+
+
+def full_bias(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
+    return {"bias": normal(random, (shape.B, shape.N, shape.T, shape.S))}
+
+
+def prefix(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
+    """Prefix language model: the first keys are visible to all, the rest causally."""
+    return {"mask": masks.Causal() | masks.Lengths(jnp.arange(1, shape.B + 1, dtype=jnp.int32) * (shape.S // 4))}
+
+
+def cache(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
+    """Decoding against a cache that is only partly filled: positions say where each row's query stands."""
+    end = random.integers(shape.T, shape.S, (shape.B, 1))
+    return {"mask": masks.Causal(query_positions=jnp.asarray(end + np.arange(shape.T) - shape.T, jnp.int32))}
+
+
+SHAPES: dict[str, Shape] = {
+    # Small and ugly on purpose: for tests.
+    "square_128": Shape(1, 128, 128, 2, 2, 64),
+    "ragged_113_203": Shape(2, 113, 203, 4, 2, 64, mask_name="causal", extras=causal),
+    "ragged_1023_1024": Shape(1, 1023, 1024, 2, 1, 32, mask_name="causal", extras=causal),
+    "ragged_239_1": Shape(2, 239, 1, 2, 2, 64),
+    "decode_1_8191": Shape(2, 1, 8191, 8, 2, 64, mask_name="cache", extras=cache),
+    "causal_tall_200_70": Shape(1, 200, 70, 2, 2, 40, mask_name="causal", extras=causal),  # 130 empty rows
+    "head_dim_72": Shape(1, 130, 130, 3, 3, 72, mask_name="causal", extras=causal),
+    "head_dims_192_128": Shape(1, 96, 160, 2, 2, 192, 128, mask_name="causal", extras=causal),
+    "mqa_packed_300": Shape(2, 300, 300, 4, 1, 32, mask_name="packed", extras=packed(4)),
+    "window_500": Shape(1, 500, 500, 2, 1, 64, mask_name="window", extras=window(63)),
+    "everything_90_150": Shape(3, 90, 150, 6, 3, 48, 56, mask_name="everything", extras=everything),
+    "per_head_dense_77_91": Shape(2, 77, 91, 3, 3, 32, mask_name="dense", extras=per_head_dense),
+    "full_bias_60_75": Shape(2, 60, 75, 4, 2, 32, mask_name="bias", extras=full_bias),
+    "prefix_120": Shape(3, 120, 120, 2, 2, 32, mask_name="prefix", extras=prefix),
+    "vit_b16_224": Shape(1, 197, 197, 12, 12, 64),
+    # Large: for benchmarks. Attention of 16k tokens, as the field's tables have it.
+    **{
+        f"d{H}_{mask}_{S // 1024}k": Shape(
+            2**14 // S,
+            S,
+            S,
+            2048 // H,
+            2048 // H,
+            H,
+            mask_name=mask,
+            extras=causal if mask == "causal" else plain,
+        )
+        for H in (128, 64)
+        for mask in ("full", "causal")
+        for S in (2048, 8192, 16384)
+    },
+    **{
+        f"gqa_32_8_{S // 1024}k": Shape(2**14 // S, S, S, 32, 8, 128, mask_name="causal", extras=causal)
+        for S in (2048, 8192, 16384)
+    },
+    "llama2_7b_prefill_4k": Shape(1, 4096, 4096, 32, 32, 128, mask_name="causal", extras=causal),
+    "llama_1b_train_2k": Shape(8, 2048, 2048, 32, 8, 64, mask_name="causal", extras=causal),
+    "packed_16k": Shape(1, 16384, 16384, 16, 16, 128, mask_name="packed", extras=packed(12)),
+    "window_1k_16k": Shape(1, 16384, 16384, 16, 16, 128, mask_name="window", extras=window(1023)),
+    "window_4k_16k": Shape(1, 16384, 16384, 16, 16, 128, mask_name="window", extras=window(4095)),
+    "vit_b16_224_batch_256": Shape(256, 197, 197, 12, 12, 64),
+}

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import pallas_kernels
+from pallas_kernels import masks
+from pallas_kernels.flash_attention import reference
+from pallas_kernels.flash_attention.config import XlaConfig
+from pallas_kernels.flash_attention.shapes import SHAPES, Shape, everything, normal
+from tests import conformance
+
+
+class TestFlashAttention(conformance.Suite):
+    function = staticmethod(pallas_kernels.flash_attention)
+    shapes = SHAPES
+    implementations = ("xla",)
+    probe = "everything_90_150"
+
+    def call(self, arguments, implementation):
+        return self.function(**arguments, return_lse=True, implementation=implementation)
+
+    def reference(self, arguments):
+        return reference.attention(**{"scale": arguments["query"].shape[-1] ** -0.5, **arguments})
+
+    def naive(self, arguments):
+        a = {"bias": None, "sink": None, "mask": None, "soft_cap": None, **arguments}
+        scale = a.get("scale", a["query"].shape[-1] ** -0.5)
+        return reference.naive(*(a[x] for x in ("query", "key", "value", "bias", "sink", "mask")), scale, a["soft_cap"])
+
+    def changes(self, arguments):
+        half = {name: arguments[name] * 0.5 for name in ("query", "key", "value", "bias", "sink")}
+        return {**half, "mask": masks.Causal(), "scale": 0.1, "soft_cap": 1.0}
+
+    def sharded(self):
+        arguments = Shape(4, 40, 72, 4, 2, 32, extras=everything).make("float32", jax.random.key(0))
+        # A bias that every device holds whole: its gradient has to be summed over the mesh.
+        arguments["bias"] = normal(np.random.default_rng(1), (40, 72))
+        heads = P("data", None, "model", None)
+        specs = {"bias": P(), "key": heads, "mask": P("data"), "query": heads, "scale": None}
+        specs |= {"sink": P("model"), "soft_cap": None, "value": heads}
+        return arguments, specs, (heads, P("data", "model"))
+
+
+@pytest.mark.parametrize(
+    "shape", ["everything_90_150", "mqa_packed_300", "per_head_dense_77_91", "full_bias_60_75", "causal_tall_200_70"]
+)
+def test_loops_over_tiles(shape):
+    """Small shapes fit one tile; here every loop, ragged tails included, is taken for each kind of mask."""
+    arguments = SHAPES[shape].make(jnp.float32, jax.random.key(7))
+    tiled = functools.partial(
+        pallas_kernels.flash_attention, return_lse=True, implementation="xla", config=XlaConfig(32, 48)
+    )
+    call = jax.jit(lambda arrays: tiled(**conformance.with_arrays(arguments, arrays)))
+    TestFlashAttention().assert_agrees(call, conformance.arrays_of(arguments), arguments)
