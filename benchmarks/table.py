@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes tables of the results into Markdown files, between markers that name what they show:
+
+    <!-- benchmarks: flash_attention h100 -->
+    (rewritten by python -m benchmarks.table)
+    <!-- end benchmarks -->
+
+`models` in the place of an operation shows whole models. Without arguments it takes every Markdown file of the
+repository; `--check` changes nothing and exits with 1 if a table is not what the results say.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import rows
+from benchmarks.baselines import BASELINES
+from benchmarks.rows import ModelRow, Row
+
+_MARKED = re.compile(
+    r"(?P<begin><!-- benchmarks: (?P<what>\w+) (?P<device>\w+) -->\n).*?(?P<end><!-- end benchmarks -->)", re.S
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="Writes result tables.")
+    parser.add_argument("files", nargs="*", type=Path, help="Markdown files; default: all of the repository")
+    parser.add_argument("--check", action="store_true", help="only say whether a table is out of date")
+    options = parser.parse_args(argv)
+    stale = []
+    for file in options.files or markdown_files():
+        old = file.read_text()
+        new = fill(old, rows.RESULTS)
+        if new != old:
+            stale.append(file)
+            if not options.check:
+                file.write_text(new)
+    for file in stale:
+        print(f"{file}: {'out of date, run python -m benchmarks.table' if options.check else 'rewritten'}")
+    return 1 if options.check and stale else 0
+
+
+def markdown_files() -> list[Path]:
+    """Every Markdown file that git tracks."""
+    command = ["git", "ls-files", "*.md"]
+    done = subprocess.run(command, cwd=rows.ROOT, capture_output=True, text=True, check=True)
+    return [rows.ROOT / name for name in done.stdout.splitlines()]
+
+
+def fill(text: str, results: Path) -> str:
+    """`text` with the content between all markers replaced by the tables of the CSV files under `results`."""
+
+    def table(match: re.Match[str]) -> str:
+        what, device = match["what"], match["device"]
+        if what == "models":
+            lines = model_table(rows.read(results / f"{device}_models.csv", ModelRow))
+        else:
+            lines = operation_table([r for r in rows.read(results / f"{device}.csv", Row) if r.op == what])
+        return match["begin"] + "\n".join(lines) + "\n" + match["end"]
+
+    return _MARKED.sub(table, text)
+
+
+def operation_table(measured: Sequence[Row]) -> list[str]:
+    """Our implementations, each beside the fastest baseline of its run."""
+    header = ["shape", "direction", "dtype", "implementation", "µs", "TFLOP/s", "% of roofline"]
+    header += ["best baseline", "times as fast", "commit"]
+    ours = [row for row in measured if row.implementation not in BASELINES.get(row.op, {})]
+    cells = [
+        [
+            f"`{row.shape}`",
+            row.direction.replace("_", " + "),
+            row.dtype,
+            row.implementation,
+            row.median_us,
+            row.tflops,
+            row.percent_peak,
+            row.baseline,
+            row.ratio,
+            row.commit,
+        ]
+        for row in ours
+    ]
+    return _markdown(header, cells)
+
+
+def model_table(measured: Sequence[ModelRow]) -> list[str]:
+    """Training steps, prefill and decoding."""
+    header = ["model", "phase", "batch x length", "dtype", "remat", "ms", "tokens/s", "% of peak FLOP/s"]
+    header += ["GB/s", "attention, % of the step", "commit"]
+    cells = [
+        [
+            f"`{row.model}`",
+            row.phase,
+            f"{row.batch} x {row.length}",
+            row.dtype,
+            row.remat,
+            row.median_ms,
+            row.tokens_per_second,
+            row.mfu_percent,
+            row.gbs,
+            row.attention_percent,
+            row.commit,
+        ]
+        for row in measured
+    ]
+    return _markdown(header, cells)
+
+
+def _markdown(header: list[str], cells: list[list[str]]) -> list[str]:
+    """A Markdown table; columns in which nothing is known are left out."""
+    keep = [i for i in range(len(header)) if any(row[i] for row in cells)]
+    lines = [header, ["---"] * len(header), *cells]
+    return ["| " + " | ".join(line[i] for i in keep) + " |" for line in lines]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
