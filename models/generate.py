@@ -147,7 +147,8 @@ class Generator:
     def __init__(self, model: Llama, tokenizer: Tokenizer):
         self.config = model.config
         self.tokenizer = tokenizer
-        self._graphdef, self._weights = nnx.split(model)
+        graphdef, self._weights = nnx.split(model)
+        self._prefill_program, self._decode_program = _programs(graphdef)
         self.cache_dtype = jnp.dtype(model.dtype)
         # Ids beyond the tokenizer's only pad the embedding table; they have no text and are never drawn.
         self._drawable = min(self.config.vocab_size, tokenizer.vocab_size)
@@ -226,7 +227,7 @@ class Generator:
 
     def _prefill(self, tokens, lengths, settings: _Settings, size: int, rows, timings: Timings) -> _State:
         """The state after the prompts; gives each row its first token."""
-        call = functools.partial(_prefill, self._graphdef, self._weights, tokens, lengths, settings)
+        call = functools.partial(self._prefill_program, self._weights, tokens, lengths, settings)
         call = functools.partial(call, cache_size=size, cache_dtype=self.cache_dtype, drawable=self._drawable)
         timings.compile_seconds += _compile(call)
         start = time.perf_counter()
@@ -241,7 +242,7 @@ class Generator:
         """The state after at most `steps` more tokens, which the rows are given. Uses up the old state."""
         done = np.ones(len(state.token), bool)
         done[: len(rows)] = [not row.live for row in rows]
-        call = functools.partial(_decode, self._graphdef, self._weights, state, done, np.int32(steps), settings)
+        call = functools.partial(self._decode_program, self._weights, state, done, np.int32(steps), settings)
         call = functools.partial(call, drawable=self._drawable)
         if not timings.decode_seconds:  # the first of the call; the others have the same shapes
             timings.compile_seconds += _compile(call)
@@ -321,7 +322,6 @@ class _State:
     count: jax.Array  # int32 [], tokens drawn so far
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "cache_size", "cache_dtype", "drawable"))
 def _prefill(graphdef, weights, tokens, lengths, settings, *, cache_size, cache_dtype, drawable) -> _State:
     """Runs right-padded prompts [B, T] into a new cache and draws the first token of each row."""
     model: Llama = nnx.merge(graphdef, weights)
@@ -333,7 +333,6 @@ def _prefill(graphdef, weights, tokens, lengths, settings, *, cache_size, cache_
     return _State(dataclasses.replace(cache, lengths=lengths), token, jnp.ones((), jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "drawable"), donate_argnames=("state",))
 def _decode(graphdef, weights, state, done, steps, settings, *, drawable) -> tuple[_State, jax.Array, jax.Array]:
     """Up to `steps` tokens more, fewer if every row is done: state, tokens [B, CHUNK], steps that ran."""
 
@@ -359,6 +358,20 @@ def _draw(model: Llama, hidden: jax.Array, settings: _Settings, count, drawable:
     logits = model.logits(hidden)[:, 0, :drawable]
     keys = step_keys(request_keys(settings.seed, settings.request_ids), count)
     return sample(logits, keys, **settings.sampling)
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(graphdef: nnx.GraphDef) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`_prefill` and `_decode` jitted for models of one structure, shared by all Generators of such models.
+
+    As a static argument the structure would be hashed at every call, which takes longer than some steps.
+    """
+    prefill = functools.partial(_prefill, graphdef)
+    decode = functools.partial(_decode, graphdef)
+    return (
+        jax.jit(prefill, static_argnames=("cache_size", "cache_dtype", "drawable")),
+        jax.jit(decode, static_argnames=("drawable",), donate_argnames=("state",)),
+    )
 
 
 def _compile(call: functools.partial) -> float:
