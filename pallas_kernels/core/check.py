@@ -33,8 +33,8 @@ class Axes(dict[str, int]):
         """Matches `shape` with the letters, binding new ones; a conflict is a ValueError that shows both."""
         wanted = letters.split()
         fixed = [x for x in wanted if x in self]
-        clash = len(shape) != len(wanted) or any(self[x] != n for x, n in zip(wanted, shape, strict=True) if x in self)
-        if clash:
+        sizes = {**dict(zip(wanted, shape, strict=False)), **self}
+        if len(shape) != len(wanted) or any(sizes[x] != n for x, n in zip(wanted, shape, strict=True)):
             known = ", ".join(f"{x}={self[x]}" for x in fixed)
             rule = f"[{', '.join(wanted)}]" + (f" with {known}" if known else "")
             self.fail(name, rule, shape)

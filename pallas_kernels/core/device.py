@@ -9,6 +9,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +52,7 @@ def _rates(bf16: float, *, float32: float | None = None, int8: float | None = No
 
 
 # Vendor data sheets, dense (no sparsity), SXM parts where there is a choice. `match` is looked up in the
-# device kind that JAX reports; the longest match wins, so "H100 PCIe" would override "H100".
+# device kind that JAX reports; the longest match wins, so "H100 PCIe" overrides "H100".
 _KNOWN: dict[str, Device] = {
     "H100": Device("gpu", "NVIDIA H100 80GB HBM3", "sm90", 132, 3.35e12, _rates(989, float32=495, int8=1979, fp8=1979)),
     "H100 PCIe": Device("gpu", "NVIDIA H100 PCIe", "sm90", 114, 2.0e12, _rates(756, float32=378, int8=1513, fp8=1513)),
@@ -62,6 +63,8 @@ _KNOWN: dict[str, Device] = {
     "RTX 4090": Device(
         "gpu", "NVIDIA GeForce RTX 4090", "sm89", 128, 1.008e12, _rates(165, float32=82.6, int8=660, fp8=330)
     ),
+    "A10G": Device("gpu", "NVIDIA A10G", "sm86", 80, 0.6e12, _rates(70, float32=35, int8=140)),
+    "L40S": Device("gpu", "NVIDIA L40S", "sm89", 142, 0.864e12, _rates(362, float32=183, int8=733, fp8=733)),
     "L4": Device("gpu", "NVIDIA L4", "sm89", 58, 0.3e12, _rates(121, float32=60, int8=242, fp8=242)),
     "L40": Device("gpu", "NVIDIA L40", "sm89", 142, 0.864e12, _rates(181, float32=90.5, int8=362, fp8=362)),
     "T4": Device("gpu", "Tesla T4", "sm75", 40, 0.32e12, (("float16", 65e12), ("int8", 130e12))),
@@ -110,7 +113,7 @@ def describe(device: Any) -> Device:
     """What this project knows about a `jax.Device`; unknown rates are None, never guessed."""
     platform = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
     kind = str(device.device_kind)
-    matches = [name for name in _KNOWN if name in kind and _KNOWN[name].platform == platform]
+    matches = [name for name, known in _KNOWN.items() if known.platform == platform and re.search(rf"\b{name}\b", kind)]
     known = _KNOWN[max(matches, key=len)] if matches else Device(platform, kind)
     arch, cores = known.arch, known.num_cores
     if platform == "gpu":

@@ -88,7 +88,7 @@ class Call:
         return dataclasses.replace(self, direction="backward")
 
     def __str__(self) -> str:
-        options = [f"{k}={v}" for k, v in self.options if v not in (None, False)]
+        options = [f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.options if v is not None]
         return " ".join([*map(str, self.arguments), *options])
 
 

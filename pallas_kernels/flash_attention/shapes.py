@@ -50,6 +50,16 @@ class Shape:
             **self.extras(self, random),
         }
 
+    def abstract(self, dtype) -> dict[str, Any]:
+        """The same call with shapes in place of query, key and value: for `explain` and ahead-of-time compiling."""
+        shapes = {
+            "query": (self.B, self.T, self.N, self.H),
+            "key": (self.B, self.S, self.K, self.H),
+            "value": (self.B, self.S, self.K, self.Hv or self.H),
+        }
+        arrays = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+        return {**arrays, **self.extras(self, np.random.default_rng(0))}
+
     @property
     def large(self) -> bool:
         """Too large for a test on a CPU: for benchmarks only."""
