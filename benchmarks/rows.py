@@ -104,8 +104,8 @@ class ModelRow:
 def number(value: float | None, digits: int = 4) -> str:
     """A figure with that many significant digits, never in exponent form; "" for None.
 
-    >>> number(1234567.0), number(0.012345), number(None)
-    ('1235000', '0.01234', '')
+    >>> number(1234567.0), number(0.0123456), number(None)
+    ('1235000', '0.01235', '')
     """
     if value is None:
         return ""

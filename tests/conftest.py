@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings that every test shares.
 
 Tests run on the CPU, which JAX is told to present as eight devices, so that meshes and collectives are real.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run Pallas kernels on the CPU, with their memory spaces, barriers and copies simulated and races looked for.
 
 What the Mosaic GPU interpreter does not do is refused by it with NotImplementedError: cp.async, semaphores, inline

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels that are compiled for hardware that is not here. To add one, write its builder and its `Case`.
 
 A builder gets a `targets.Compiling` and returns the jitted function and its abstract arguments. It imports the kernel

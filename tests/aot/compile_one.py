@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles one case for one target: python -m tests.aot.compile_one CASE TARGET REPORT.
 
 A process of its own, because both compilers abort it on some inputs they cannot handle. Writes the JSON file REPORT;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles every case for every target: python -m tests.aot.run [part of a case's or target's name ...].
 
 Ends with a table and `N passed, N failed, N skipped`. A result is kept under .cache/aot and counts until the case,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The accelerators that kernels are compiled for without having one.
 
 libtpu holds the whole TPU compiler and needs only a topology's name. The CUDA compiler wants a description of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The driver of the compile matrix: what counts as a failure, and when a result is compiled again."""
 
 import functools

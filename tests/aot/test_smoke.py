@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The smoke kernels multiply matrices, as far as the interpreters can tell; tests/aot/run.py compiles them."""
 
 import jax

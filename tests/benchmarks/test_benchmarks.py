@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark driver on the CPU: right answers are timed, wrong ones are not, and rows survive the round trip."""
 
 import dataclasses

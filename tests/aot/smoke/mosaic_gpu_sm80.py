@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A matrix product on Ampere: cp.async in, mma.sync, plain stores out."""
 
 import jax

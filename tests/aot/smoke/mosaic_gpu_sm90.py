@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A matrix product on Hopper: TMA in, wgmma, TMA out. Small, and uses what every kernel for it uses."""
 
 import jax

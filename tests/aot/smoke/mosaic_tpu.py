@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A matrix product on a TPU: a pipelined grid, the product accumulated in VMEM."""
 
 import jax
