@@ -260,7 +260,7 @@ def make_train_step(
             zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
             (value, gradients), _ = jax.lax.scan(add, zeros, batch)
 
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
