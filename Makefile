@@ -17,10 +17,9 @@ help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 demo: $(VENV)/installed-demo  ## SmolLM2 answers a prompt; a tiny model trains on real text and writes some
-	$(RUN) infer.py --checkpoint=smollm2 --prompt="Why is the sky blue?" --max_new_tokens=48
-	rm -rf runs/demo
-	$(RUN) train.py --preset=tiny --data=kjv --steps=60 --out=runs/demo
-	$(RUN) infer.py --checkpoint=runs/demo/export --prompt="In the beginning" --max_new_tokens=64
+	$(RUN) infer.py --checkpoint=smollm2 --chat --prompt="Why is the sky blue?" --max_new_tokens=64
+	$(RUN) train.py --preset=tiny --data=kjv --steps=120 --out=runs/demo --overwrite
+	$(RUN) infer.py --checkpoint=runs/demo/export --prompt="In the beginning" --max_new_tokens=96 --temperature=0.7
 	@echo "The loss curve, the checkpoints and the exported model are in runs/demo."
 
 test: lint  ## lint, then all tests that need no accelerator
