@@ -35,11 +35,16 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _on_gpu(config):
-        return
+    from tests.conformance import Suite
+
+    on_gpu = _on_gpu(config)
     for item in items:
-        if item.get_closest_marker("gpu"):
+        # The conformance suites are for every device: `-m gpu` runs them on the GPU as they run on the CPU.
+        if on_gpu and isinstance(item, pytest.Function) and issubclass(item.cls or object, Suite):
+            item.add_marker(pytest.mark.gpu)
+        if not on_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: run `pytest -m gpu` on one"))
 
 

@@ -12,7 +12,7 @@ input, with the backward pass written out from the residuals (q, k, v, out, lse)
 the error of `naive` against `attention` is what core/tolerance.py calls normal.
 """
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,7 @@ def attention(
     return out, jnp.where(empty, -jnp.inf, m + jnp.log(l))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def naive(query, key, value, bias, sink, mask, scale: float, soft_cap: float | None):
+def _naive(query, key, value, bias, sink, mask, scale: float, soft_cap: float | None):
     """Output and LSE with products and probabilities rounded to the input's dtype, softmax in float32."""
     p, lse = _naive_probabilities(query, key, bias, sink, mask, scale, soft_cap)[:2]
     return _weighted_sum(p.astype(query.dtype), value), lse
@@ -76,7 +75,7 @@ def _naive_probabilities(query, key, bias, sink, mask, scale, soft_cap):
 
 
 def _naive_forward(query, key, value, bias, sink, mask, scale, soft_cap):
-    out, lse = naive(query, key, value, bias, sink, mask, scale, soft_cap)
+    out, lse = _naive(query, key, value, bias, sink, mask, scale, soft_cap)
     return (out, lse), (query, key, value, bias, sink, mask, out)
 
 
@@ -101,6 +100,7 @@ def _naive_backward(scale, soft_cap, residuals, cotangents):
     return dq, dk, dv, dbias, dsink, None
 
 
+naive: Any = jax.custom_vjp(_naive, nondiff_argnums=(6, 7))
 naive.defvjp(_naive_forward, _naive_backward)
 
 
