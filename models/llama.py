@@ -9,6 +9,7 @@ vocabulary size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, overload
 
 import jax
@@ -212,16 +213,8 @@ class Llama(nnx.Module):
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         mask = self._mask(slots, segment_ids)
         graphdef, stacked = nnx.split(self.blocks)
-
-        def run_block(carry, layer_input):
-            layer, parameters = layer_input
-            return nnx.merge(graphdef, parameters)(carry[0], rope, mask, carry[1], layer), None
-
-        if self.remat is not None and cache is None:
-            # prevent_cse would only slow a scan down: its body is not merged with anything.
-            run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, cache), _ = jax.lax.scan(run_block, (x.astype(self.dtype), cache), (layers, stacked))
+        remat = self.remat if cache is None else None
+        x, cache = _run_blocks(graphdef, stacked, x.astype(self.dtype), rope, mask, cache, remat=remat)
         x = self.final_norm(x)
         return x if cache is None else (x, dataclasses.replace(cache, lengths=cache.lengths + T))
 
@@ -268,3 +261,28 @@ class Llama(nnx.Module):
         if segment_ids is not None:
             mask = mask & masks.Segments(segment_ids, segment_ids)
         return mask
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "remat"))
+def _run_blocks(
+    graphdef: nnx.GraphDef[Block],
+    stacked: nnx.State,
+    x: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    mask: masks.Mask,
+    cache: KVCache | None,
+    *,
+    remat: str | None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Scans x [B, T, D] over the stacked blocks. Jitted so that calling a model outside of jit compiles only once."""
+
+    def run_block(carry, layer_input):
+        layer, parameters = layer_input
+        return nnx.merge(graphdef, parameters)(carry[0], rope, mask, carry[1], layer), None
+
+    if remat is not None:
+        # prevent_cse would only slow a scan down: its body is not merged with anything.
+        run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    carry, _ = jax.lax.scan(run_block, (x, cache), (jnp.arange(num_layers, dtype=jnp.int32), stacked))
+    return carry

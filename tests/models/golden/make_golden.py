@@ -1,4 +1,4 @@
-"""Makes the golden files of this folder with PyTorch and `transformers`, an implementation that shares no code with ours.
+"""Makes the golden files of this folder with PyTorch and `transformers`, which share no code with this project.
 
     python tests/models/golden/make_golden.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --kjv Bible.db
 
@@ -94,7 +94,7 @@ def make_family(name: str) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         # Norms and biases are initialized to 1 and 0, which would hide a mistake in them.
-        for parameter_name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     if name == "qwen2":  # one family is stored in bfloat16, as most published models are
