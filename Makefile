@@ -48,9 +48,10 @@ clean:  ## remove what make made, except runs/
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Finding Python. Each candidate is run, not just looked for: pyenv leaves commands on the PATH that only print an
-# error, and some systems' Python comes without venv. PYTHON=/path/to/python overrides the search.
+# error, and some systems' Python comes without venv. PYTHON=/path/to/python replaces the search.
 define FIND_PYTHON
-for python in $(PYTHON) $$(which -a python3.13 python3.12 python3 2>/dev/null) "$$(pyenv which python 2>/dev/null)"; do \
+for python in $(or $(PYTHON),$$(which -a python3.13 python3.12 python3 2>/dev/null) \
+    $$(pyenv which python 2>/dev/null) $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.1[2-9]*/bin/python); do \
   if "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then break; fi; \
   python=""; \
 done; \
