@@ -367,9 +367,15 @@ def save_checkpoint(
         for file in new.iterdir():
             _flush(file)
         _flush(new)
+        old = Path(temporary) / "old"
         if folder.exists():
-            folder.rename(Path(temporary) / "old")
-        new.rename(folder)
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     _flush(folder.parent)
 
 

@@ -210,14 +210,16 @@ class GgufFile:
         kinds = self._metadata("tokenizer.ggml.token_type", [gguf.TokenType.NORMAL] * len(tokens))
         merges = [tuple(merge.split(" ", 1)) for merge in self._required("tokenizer.ggml.merges")]
         style = self._metadata("tokenizer.ggml.pre", "default")
-        backend = tokenizers.Tokenizer(
-            tokenizers.models.BPE(
-                vocab={token: id for id, token in enumerate(tokens)},
-                merges=merges,
-                # Llama 3 takes a word that is a token as it is, even where its merges would not arrive there.
-                ignore_merges=style == "llama-bpe",
-            )
-        )
+        vocabulary = {token: id for id, token in enumerate(tokens)}
+        try:
+            # Llama 3 takes a word that is a token as it is, even where its merges would not arrive there.
+            bpe = tokenizers.models.BPE(vocabulary, merges, ignore_merges=style == "llama-bpe")
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise CheckpointError(
+                f"{self.path}: tokenizer.ggml.tokens and merges do not fit together ({error}); "
+                "copy or convert the file again"
+            ) from error
+        backend = tokenizers.Tokenizer(bpe)
         if style == "qwen2":
             backend.normalizer = tokenizers.normalizers.NFC()
         backend.pre_tokenizer = self._pre_tokenizer(style)
