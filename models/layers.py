@@ -264,7 +264,6 @@ class Attention(nnx.Module):
             key, value = (a.astype(query.dtype) for a in cache.read(layer))
         query, key, value = checkpoint_name((query, key, value), "attention_inputs")
         out = flash_attention(query, key, value, mask=mask, implementation=self.implementation)
-        out = checkpoint_name(out, "attention_output")
         return self.out(out.reshape(B, T, -1)), cache
 
 

@@ -98,7 +98,7 @@ class LlamaConfig(BlockConfig):
 
 
 # What the forward pass keeps for the backward pass, from least memory to most. remat=None keeps everything.
-_attention = jax.checkpoint_policies.save_only_these_names("attention_inputs", "attention_output")
+_attention = jax.checkpoint_policies.save_only_these_names("attention_inputs", "flash_attention")
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 REMAT_POLICIES = {
     # Only the residual stream between blocks; a block's forward pass runs again.

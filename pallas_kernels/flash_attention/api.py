@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.core import dispatch, tuning
 from pallas_kernels.core.check import Axes, check_dtype, check_same_dtype
@@ -263,7 +264,9 @@ def _run_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
 
 
 def _forward_rule(plan: _Plan, inputs: _Inputs):
-    out, lse = _run_forward(plan, inputs)
+    # Named, so that a rematerialization policy can keep them and need not run the forward pass again:
+    # jax.checkpoint_policies.save_only_these_names("flash_attention").
+    out, lse = checkpoint_name(_run_forward(plan, inputs), OP)
     return (out, lse), (inputs, out, lse)
 
 

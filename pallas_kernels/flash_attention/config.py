@@ -2,6 +2,7 @@
 """Tile sizes of each implementation: what they may be, a good guess, and where to search."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from pallas_kernels.core.device import Device
@@ -34,11 +35,15 @@ def heuristic(call: Call, device: Device, implementation: str) -> XlaConfig:
     """A good configuration without measuring anything."""
     del implementation  # only `xla` has a configuration so far
     s = call.sizes
-    # A tile of float32 logits should stay in the last-level cache of a CPU; a GPU wants few, large matmuls.
-    budget = 2**21 if device.platform == "cpu" else 2**26
+    on_cpu = device.platform == "cpu"
+    # Entries of a float32 tile of logits: on a CPU it should stay in the last-level cache; a GPU wants few, large
+    # matmuls, and square tiles, which read the least for their size.
+    budget = (2**21 if on_cpu else 2**26) // (s["B"] * s["N"])
     # On a CPU, dK and dV sum a tile's rows one after another: short tiles keep the rounding of that sum small.
-    block_q = min(s["T"], 128 if device.platform == "cpu" else 512)
-    block_k = min(s["S"], max(128, _power_of_two_below(budget // (s["B"] * s["N"] * block_q))))
+    side = 128 if on_cpu else max(64, _power_of_two_below(math.isqrt(budget)))
+    block_q = min(s["T"], side)
+    block_k = side if block_q == side and not on_cpu else max(128, _power_of_two_below(budget // block_q))
+    block_k = min(s["S"], block_k)
     return XlaConfig(block_q, block_k)
 
 
