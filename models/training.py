@@ -21,7 +21,7 @@ from flax import nnx
 
 from models.llama import Llama
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # name -> array, as data.PackedRows names them
 # (model, batch) -> (sum of weighted losses, sum of weights), both float32 scalars.
 LossFunction = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
@@ -199,6 +199,11 @@ class TrainState:
     opt_state: Any
     step: jax.Array
 
+    @property
+    def shardings(self) -> Any:
+        """A TrainState of the arrays' shardings."""
+        return jax.tree.map(lambda x: x.sharding, self)
+
 
 def initial_state(
     make_model: Callable[[], nnx.Module],
@@ -232,13 +237,18 @@ def initial_state(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, loss: LossFunction = language_model_loss
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: LossFunction = language_model_loss,
+    shardings: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """One step as a jitted function (state, batch) -> (state, metrics); it consumes (donates) the state.
 
     The arrays of the batch are [A, B, T]: A microbatches, whose gradients are summed before the optimizer runs. All
     weights count alike, so that A microbatches of B rows equal one of A * B. A step whose loss or gradient is not
-    finite leaves the state as it was.
+    finite leaves the state as it was. `shardings` are those of the state (TrainState.shardings), which the compiler may
+    otherwise change from one step to the next.
 
     The metrics are float32 scalars: loss (mean over all weights), gradient_norm (before clipping) and finite
     (0 or 1).
@@ -267,7 +277,7 @@ def make_train_step(
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         return state, {"loss": value, "gradient_norm": norm, "finite": finite.astype(jnp.float32)}
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
 def make_evaluate(

@@ -13,13 +13,17 @@ A mesh has up to four named axes, always in this order:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 AXES = ("data", "context", "model", "pipe")
 
@@ -87,7 +91,7 @@ def batch_sharding(mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "data"))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """A whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -130,3 +134,53 @@ def fsdp_spec(shape: tuple[int, ...], size: int, *, first_axis: int = 0) -> Part
         return PartitionSpec()
     largest = max(axes, key=lambda axis: shape[axis])
     return PartitionSpec(*(None,) * largest, "data")
+
+
+# --- FSDP ----------------------------------------------------------------------------------------------------
+
+
+def gather_parameters(graphdef: nnx.GraphDef, params: Any, *, dtype: DTypeLike) -> nnx.GraphDef:
+    """The same model, with each cut parameter gathered in `dtype` where it is used, and its gradient scattered there.
+
+    Left to itself, the compiler may as well move activations to the parameters' parts, which are far larger. Inside a
+    scan over layers only one layer is whole at a time; in the backward pass too, provided that the model
+    rematerializes (else the gathered copies of all layers are kept for it).
+
+    Args:
+      graphdef: a model's definition (nnx.split).
+      params: its parameters, a nested dict of arrays laid out by `parameter_shardings`.
+      dtype: what the model casts its matrices to anyway; gathering after the cast moves half as many bytes.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    model = nnx.merge(graphdef, shapes)
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Param) and not variable.get_raw_value().sharding.is_fully_replicated:
+            variable.set_metadata(
+                on_get_value=(functools.partial(_gather, dtype=dtype, stored=variable.get_raw_value()),)
+            )
+    return nnx.split(model)[0]
+
+
+def _gather(variable: nnx.Variable, value: jax.Array, *, dtype: DTypeLike, stored: jax.ShapeDtypeStruct) -> jax.Array:
+    sharding = stored.sharding
+    assert isinstance(sharding, NamedSharding)
+    # A scan hands out one layer of a stacked parameter: without the leading axis, which is never cut.
+    cut = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[len(stored.shape) - value.ndim :]))
+    return _gather_and_scatter(value, cut, jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_and_scatter(x: jax.Array, cut: NamedSharding, dtype: jnp.dtype) -> jax.Array:
+    x = jax.lax.with_sharding_constraint(x.astype(dtype), cut)
+    return jax.lax.with_sharding_constraint(x, replicated(cut.mesh))
+
+
+def _forward(x: jax.Array, cut: NamedSharding, dtype: jnp.dtype) -> tuple[jax.Array, None]:
+    return _gather_and_scatter(x, cut, dtype), None
+
+
+def _backward(cut: NamedSharding, dtype: jnp.dtype, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(gradient.astype(jnp.float32), cut),)
+
+
+_gather_and_scatter.defvjp(_forward, _backward)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from models.training import (
     microbatches,
 )
 from parallel import mesh as mesh_module
-from parallel.mesh import batch_sharding, make_mesh, parameter_shardings
+from parallel.mesh import batch_sharding, gather_parameters, make_mesh, parameter_shardings
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -253,9 +254,14 @@ def train(*, accumulate=1, devices=1, fsdp=False, dtype=jnp.float32):
         lay_out=functools.partial(parameter_shardings, mesh=mesh, fsdp=fsdp, is_stacked=is_stacked),
     )
     batch = jax.device_put(microbatches(make_batch(), accumulate), batch_sharding(mesh, axis=1))
+    graphdef = gather_parameters(graphdef, state.params, dtype=dtype)
     # The programs are tiny and run a few times: compiling them well would take longer than it saves.
     quickly = {"xla_backend_optimization_level": 0}
-    step = make_train_step(graphdef, optimizer).lower(state, batch).compile(compiler_options=quickly)
+    step = (
+        make_train_step(graphdef, optimizer, shardings=state.shardings)
+        .lower(state, batch)
+        .compile(compiler_options=quickly)
+    )
     metrics = []
     for _ in range(3):
         state, found = step(state, batch)
@@ -295,6 +301,21 @@ def test_eight_devices_equal_one(fsdp, monkeypatch):
         assert part * (8 if fsdp else 1) == array.size
 
 
+def test_fsdp_moves_parameters_and_never_activations(monkeypatch):
+    monkeypatch.setattr(mesh_module, "FSDP_MIN_SIZE", 64)
+    *_, step, batch = train(devices=8, fsdp=True)
+    collective = re.compile(r" (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+    moved = [line.split(" = ")[1] for line in step.as_text().splitlines() if collective.search(line)]
+    shapes = [
+        [int(size) for size in shape.split(",") if size]
+        for line in moved
+        for shape in re.findall(r"\w+\[([\d,]*)\]", collective.split(line)[0])
+    ]
+    assert [CONFIG.d_model, CONFIG.d_ff] in shapes
+    seq_len = batch["tokens"].shape[-1]
+    assert not any(seq_len in shape for shape in shapes)
+
+
 def test_bfloat16_keeps_float32_masters():
     state, metrics, _, _ = train(dtype=jnp.bfloat16)
     _, reference, _, _ = train()
@@ -305,7 +326,7 @@ def test_bfloat16_keeps_float32_masters():
 def test_a_step_that_is_not_finite_changes_nothing():
     state, _, step, batch = train()
     before = jax.device_get(state)
-    copy = jax.device_put(before, jax.tree.map(lambda x: x.sharding, state))
+    copy = jax.device_put(before, state.shardings)
     state, metrics = step(copy, batch | {"weights": batch["weights"] * np.nan})
     assert not metrics["finite"]
     assert np.isnan(metrics["loss"])
