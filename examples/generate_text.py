@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads SmolLM2 and lets it speak: a batch of raw prompts, then a chat question that streams its answer.
 
-    python -m examples.generate_text
+python -m examples.generate_text
 """
 
 import jax.numpy as jnp

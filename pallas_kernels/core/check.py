@@ -20,7 +20,7 @@ class Axes(dict[str, int]):
     >>> axes.bind("key", (2, 256, 8, 32), "B S K H")
     Traceback (most recent call last):
       ...
-    ValueError: flash_attention: key must have shape [B, S, K, H] with H=64, got (2, 256, 8, 32).
+    ValueError: flash_attention: key must have shape [B, S, K, H] with B=2, H=64, got (2, 256, 8, 32).
       axes so far: B=2 (query), T=128 (query), N=8 (query), H=64 (query)
     """
 

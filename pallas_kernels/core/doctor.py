@@ -42,7 +42,9 @@ def report() -> Iterator[str]:
     yield "packages   " + ", ".join(f"{name} {version}" for name, version in versions if version)
     for known in dict.fromkeys(device_lib.describe(d) for d in jax.devices()):
         yield f"device     {sum(device_lib.describe(d) == known for d in jax.devices())} x {known} ({_rates(known)})"
-    yield f"tuning     {tuning.cache_folder()} ({_entries(tuning.cache_folder())} entries)"
+    cache = tuning.cache_folder()
+    shown = f"~/{cache.relative_to(pathlib.Path.home())}" if cache.is_relative_to(pathlib.Path.home()) else cache
+    yield f"tuning     {shown} ({_entries(cache)} entries)"
     for problem in problems():
         yield f"problem    {problem}"
     for op, names in CALLS.items():

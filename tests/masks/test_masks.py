@@ -140,7 +140,11 @@ def test_bad_masks_are_refused(make, error, message):
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
-        (masks.Lengths(jnp.zeros(3, jnp.int32)), ValueError, r"mask.Lengths.key_lengths must have shape \[B\] with B=2"),
+        (
+            masks.Lengths(jnp.zeros(3, jnp.int32)),
+            ValueError,
+            r"mask.Lengths.key_lengths must have shape \[B\] with B=2",
+        ),
         (masks.Lengths(jnp.zeros(2)), TypeError, "key_lengths must be an integer array, got float32"),
         (
             masks.Segments(jnp.zeros((2, 4), jnp.int32), jnp.zeros((2, 4), jnp.int32)),
