@@ -156,7 +156,9 @@ def as_cols(values: Array) -> Array:
     return values.reshape((-1, 1, 1, values.shape[-1]))
 
 
-def check_index_array(name: str, array: Array | None) -> None:
-    """TypeError unless `array` holds integers (or is absent)."""
-    if array is not None and not jnp.issubdtype(jnp.asarray(array).dtype, jnp.integer):
-        raise TypeError(f"{name} must be an integer array, got {jnp.asarray(array).dtype}.")
+def check_index_array(name: str, array: Array) -> None:
+    """TypeError unless `array` is an array of integers."""
+    if not isinstance(array, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} must be an integer array, got {type(array).__name__}; wrap it in jnp.asarray(...).")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an integer array, got {array.dtype}.")

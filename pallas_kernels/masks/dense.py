@@ -24,6 +24,8 @@ class Dense(Mask):
     array: Array
 
     def check(self, axes: "Axes") -> None:
+        if not isinstance(self.array, (jax.Array, np.ndarray)):
+            raise TypeError(f"mask.Dense.array must be a boolean array, got {type(self.array).__name__}.")
         if self.array.dtype != jnp.bool_:
             raise TypeError(f"mask.Dense.array must be bool, got {self.array.dtype}; an additive mask goes to `bias`.")
         axes.bind_broadcast("mask.Dense.array", self.array.shape, "B N T S")

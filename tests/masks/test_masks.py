@@ -146,6 +146,8 @@ def test_bad_masks_are_refused(make, error, message):
             r"mask.Lengths.key_lengths must have shape \[B\] with B=2",
         ),
         (masks.Lengths(jnp.zeros(2)), TypeError, "key_lengths must be an integer array, got float32"),
+        (masks.Lengths([2, 3]), TypeError, r"got list; wrap it in jnp.asarray\(...\)."),
+        (masks.Dense([[True]]), TypeError, "mask.Dense.array must be a boolean array, got list."),
         (
             masks.Segments(jnp.zeros((2, 4), jnp.int32), jnp.zeros((2, 4), jnp.int32)),
             ValueError,
