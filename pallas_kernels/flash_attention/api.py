@@ -123,9 +123,10 @@ def flash_attention(
     mask = as_mask(mask)
     call = describe(query, key, value, bias, mask=mask, scale=scale, soft_cap=soft_cap, sink=sink)
     forward = dispatch.choose(call, implementation)
+    _check_config(forward, config)
     inputs = _Inputs(query, key, value, bias, sink, mask)
     options = _Options(call.option("scale"), soft_cap)
-    if forward.module.__name__.endswith(".reference"):
+    if forward.name == "reference":
         out, lse = forward.module.attention(
             query, key, value, bias, mask=mask, sink=sink, scale=options.scale, soft_cap=soft_cap
         )
@@ -242,21 +243,27 @@ class _Plan:
     backward_config: Any
 
 
-def _config(choice: Choice, config: Any) -> Any:
-    """The user's config if it is this implementation's, else what the tuning tables or the heuristic say."""
-    kind = config_lib.CONFIGS.get(choice.name) if choice.implementation else None
-    if config is not None and not isinstance(config, tuple(config_lib.CONFIGS.values())):
-        known = ", ".join(c.__name__ for c in config_lib.CONFIGS.values())
-        raise TypeError(f"{OP}: config must be one of {known}, got {type(config).__name__}.")
-    if config is not None and choice.call.direction == "forward" and kind and not isinstance(config, kind):
-        raise ValueError(
-            f'{OP}: config is a {type(config).__name__}, but implementation "{choice.implementation}" runs and takes a '
-            f"{kind.__name__}; name the implementation that the config is for."
-        )
+def _check_config(choice: Choice, config: Any) -> None:
+    """A config is for one implementation; given with another it would be ignored, so it is refused."""
+    kind = config_lib.CONFIGS.get(choice.name)
+    if config is None or (kind is not None and isinstance(config, kind)):
+        return
+    known = tuple(config_lib.CONFIGS.values())
+    if not isinstance(config, known):
+        names = ", ".join(c.__name__ for c in known)
+        raise TypeError(f"{OP}: config must be one of {names}, got {type(config).__name__}.")
+    raise ValueError(
+        f'{OP}: implementation "{choice.name}" runs, which takes {f"a {kind.__name__}" if kind else "no config"}, but '
+        f"config is a {type(config).__name__}; name the implementation that the config is for."
+    )
+
+
+def _config(choice: Choice, given: Any) -> Any:
+    """The given config if it is this implementation's, else what the tuning tables or the heuristic say."""
+    kind = config_lib.CONFIGS.get(choice.implementation or "")
     if kind is None:
         return None
-    given = config if isinstance(config, kind) else None
-    return tuning.resolve(choice, kind, config_lib.heuristic, given)
+    return tuning.resolve(choice, kind, config_lib.heuristic, given if isinstance(given, kind) else None)
 
 
 def _run_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:

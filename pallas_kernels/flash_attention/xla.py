@@ -93,8 +93,10 @@ class _Plane:
         """Start and size of tile (i, j) in a bias whose axes may be broadcast (size 1)."""
         sizes = (self.config.block_q, self.config.block_k)
         full = [n != 1 for n in bias.shape[2:]]
-        starts = [x * size if is_full else 0 for x, size, is_full in zip((i, j), sizes, full, strict=True)]
-        return [0, 0, *starts], [*bias.shape[:2], *(n if f else 1 for n, f in zip(sizes, full, strict=True))]
+        starts = [0, 0, *(x * size if is_full else 0 for x, size, is_full in zip((i, j), sizes, full, strict=True))]
+        # One integer type for all: with 64-bit types enabled a Python 0 would be another one than i and j.
+        starts = [jnp.asarray(start, jnp.int32) for start in starts]
+        return starts, [*bias.shape[:2], *(n if f else 1 for n, f in zip(sizes, full, strict=True))]
 
     def bias_tile(self, bias: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
         return lax.dynamic_slice(bias, *self._bias_window(bias, i, j))

@@ -72,6 +72,11 @@ q, k, v = arrays()
         ),
         (lambda: flash_attention(q, k, v, soft_cap=0.0), ValueError, "soft_cap must be > 0 or None, got 0.0."),
         (lambda: flash_attention(q, k, v, config=3), TypeError, "config must be one of XlaConfig, got int."),
+        (
+            lambda: flash_attention(q, k, v, implementation="reference", config=XlaConfig(8, 8)),
+            ValueError,
+            'implementation "reference" runs, which takes no config, but config is a XlaConfig; name the',
+        ),
         (lambda: XlaConfig(0, 8), ValueError, "XlaConfig.block_q must be an integer >= 1, got 0."),
         (
             lambda: flash_attention(q, k, v, implementation="cudnn"),

@@ -37,9 +37,10 @@ class TestFlashAttention(conformance.Suite):
         return {**half, "mask": masks.Causal(), "scale": 0.1, "soft_cap": 1.0}
 
     def sharded(self):
-        arguments = Shape(4, 40, 72, 4, 2, 32, extras=everything).make("float32", jax.random.key(0))
-        # A bias that every device holds whole: its gradient has to be summed over the mesh.
-        arguments["bias"] = normal(np.random.default_rng(1), (40, 72))
+        arguments = Shape(4, 150, 200, 4, 2, 32, extras=everything).make("float32", jax.random.key(0))
+        # More than one tile, so that the loop over tiles is taken, and a bias that every device holds whole: its
+        # gradient has to be summed over the mesh.
+        arguments["bias"] = normal(np.random.default_rng(1), (150, 200))
         heads = P("data", None, "model", None)
         specs = {"bias": P(), "key": heads, "mask": P("data"), "query": heads, "scale": None}
         specs |= {"sink": P("model"), "soft_cap": None, "value": heads}
