@@ -56,7 +56,7 @@ def test_no_file_is_large():
     "pattern",
     [
         pytest.param("|".join(REGISTRIES), id="package registry"),
-        # Not after a word or a dot: "a/work/b" is a path inside of something.
+        # Not after a word or a dot: that is a path inside of something.
         pytest.param(r"(?<![\w.~*})])(" + "|".join(MACHINE_PATHS) + ")", id="path of one machine"),
     ],
 )
