@@ -2,17 +2,20 @@
 """Models composed of the suite's functions, and what is needed to load, run and save them."""
 
 from models.checkpoint import CheckpointError, load_model, save_checkpoint
-from models.generate import generate
+from models.generate import Generator, generate
 from models.llama import KVCache, Llama, LlamaConfig
 from models.presets import PRESETS, preset
+from models.sampling import Sampling
 from models.tokenizer import Tokenizer
 
 __all__ = [
     "PRESETS",
     "CheckpointError",
+    "Generator",
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "Sampling",
     "Tokenizer",
     "generate",
     "load_model",
