@@ -46,14 +46,16 @@ class Suite:
         """The same outputs by the naive way, in the precision of the arguments."""
         raise NotImplementedError
 
-    def assert_agrees(self, call: Callable, arguments, template=None, transform: Callable = lambda f: f) -> None:
+    def assert_agrees(
+        self, call: Callable, arguments, template=None, transform: Callable = lambda f: f, jit: bool = True
+    ) -> None:
         """`call(arguments)` is as right as `naive` allows. With a template, `arguments` are its array leaves, and
         `transform` (vmap) applies to the reference and the naive way too."""
 
         def of(method):
             return transform(method if template is None else lambda arrays: method(with_arrays(template, arrays)))
 
-        assert_agrees(call, of(self.reference), of(self.naive), arguments)
+        assert_agrees(call, of(self.reference), of(self.naive), arguments, jit)
 
     def changes(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """For every parameter of the function another value than in `arguments`, which must show."""
@@ -82,18 +84,22 @@ class Suite:
             pytest.skip(str(refusal))
         return arguments
 
+    def of_arrays(self, arguments: dict[str, Any], implementation: str) -> Callable[[Sequence[jax.Array]], Any]:
+        """The call as a function of the array leaves of its arguments."""
+        return lambda arrays: self.call(with_arrays(arguments, arrays), implementation)
+
     def test_agrees_with_the_reference(self, implementation, shape, dtype):
         arguments = self.arguments(shape, dtype, implementation)
-        call = lambda arrays: self.call(with_arrays(arguments, arrays), implementation)  # noqa: E731
+        call = self.of_arrays(arguments, implementation)
         self.assert_agrees(call, arrays_of(arguments), arguments)
 
     def test_eager(self, implementation):
         arguments = self.arguments(self.probe, "float32", implementation)
-        self.assert_agrees(lambda a: self.call(a, implementation), arguments)
+        self.assert_agrees(lambda a: self.call(a, implementation), arguments, jit=False)
 
     def test_repeats_bit_for_bit(self, implementation):
         arguments = self.arguments(self.probe, "bfloat16", implementation)
-        call = lambda arrays: self.call(with_arrays(arguments, arrays), implementation)  # noqa: E731
+        call = self.of_arrays(arguments, implementation)
         arrays = arrays_of(arguments)
         run = jax.jit(functools.partial(value_and_gradients, call))
         cotangents = random_cotangents(call, arrays, 0)
@@ -103,7 +109,7 @@ class Suite:
     def test_vmap_and_grad_of_vmap(self, implementation):
         pair = [self.arguments(self.probe, "float32", implementation, seed) for seed in (1, 2)]
         stacked = [jnp.stack(arrays) for arrays in zip(*map(arrays_of, pair), strict=True)]
-        call = jax.jit(jax.vmap(lambda arrays: self.call(with_arrays(pair[0], arrays), implementation)))
+        call = jax.jit(jax.vmap(self.of_arrays(pair[0], implementation)))
         self.assert_agrees(call, stacked, pair[0], transform=jax.vmap)
 
     def test_shard_map(self, implementation):
@@ -112,12 +118,8 @@ class Suite:
             pytest.skip(f"a mesh of 4 x 2 needs 8 devices, here are {jax.device_count()}")
         mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         specs = [spec for name, spec in specs.items() for _ in arrays_of(arguments[name])]
-        sharded = jax.shard_map(
-            lambda arrays: self.call(with_arrays(arguments, arrays), implementation),
-            mesh=mesh,
-            in_specs=(specs,),
-            out_specs=out_specs,
-        )
+        call = self.of_arrays(arguments, implementation)
+        sharded = jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=out_specs)
         self.assert_agrees(jax.jit(sharded), arrays_of(arguments), arguments)
 
     def test_each_argument_changes_the_output_or_is_refused(self, implementation):
