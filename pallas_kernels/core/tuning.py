@@ -99,8 +99,19 @@ class TuningResult:
         return TuningResult({str(p.relative_to(root)): _read_table(p) for p in sorted(root.glob("*/*.json"))})
 
 
-def _read_table(path: pathlib.Path) -> dict[str, Any]:
+def _read_table(path: pathlib.Path) -> Mapping[str, Any]:
     """A table; an unreadable one is empty, since a lost table costs speed and never an answer."""
+    try:
+        status = path.stat()
+    except OSError:
+        return {}
+    # Every call outside of jit asks: a file is parsed again only when it was replaced.
+    return _parse_table(path, (status.st_ino, status.st_mtime_ns, status.st_size))
+
+
+@functools.lru_cache(maxsize=64)
+def _parse_table(path: pathlib.Path, version: tuple[int, int, int]) -> Mapping[str, Any]:
+    del version  # only tells one state of the file from another
     try:
         table = json.loads(path.read_text())
     except (OSError, ValueError):
