@@ -7,6 +7,7 @@ classes: an empty tile is skipped, a full one needs no masking code, a mixed one
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -63,3 +64,80 @@ def count(mask: Mask | None, T: int, S: int, block_q: int, block_k: int, *, B: i
     classes = np.asarray(classify(mask, T, S, block_q, block_k))
     classes = np.broadcast_to(classes, (B, N, *classes.shape[2:]))
     return {name: int(np.sum(classes == c)) for name, c in (("empty", EMPTY), ("mixed", MIXED), ("full", FULL))}
+
+
+class Schedule(NamedTuple):
+    """The live tiles of each row of tiles, in the order in which a kernel visits them: mixed ones, then full ones.
+
+    Softmax does not mind the order, and two loops need no branch. Step n of a row visits tile column
+
+        order[..., row, n]                                          where `order` is given, else, by `runs`,
+        a + n           n < b - a             mixed tiles left of the full ones          a   b     c   d
+        c + n - (b - a) n < (b - a) + (d - c) mixed tiles right of them                  |mmm|fffff|mmm|
+        b + n - mixed   beyond                the full ones
+
+    Attributes:
+      mixed: int32 [B|1, N|1, rows]; how many of the row's tiles are mixed.
+      live: int32 [B|1, N|1, rows]; how many it has in all.
+      runs: int32 [rows, 4], the (a, b, c, d) of each row, for static masks whose tiles lie in one run; else None.
+      order: int32 [B|1, N|1, rows, cols]; entries from `live` on are padding; None where `runs` says it.
+    """
+
+    mixed: jax.Array | np.ndarray
+    live: jax.Array | np.ndarray
+    runs: np.ndarray | None
+    order: jax.Array | np.ndarray | None
+
+    def column(self, n: jax.Array | int, runs: Sequence, order: Callable) -> jax.Array:
+        """Tile column of step n, from the row's four numbers `runs`, or by asking `order(n)`."""
+        if self.order is not None:
+            return order(n)
+        a, b, c, d = runs
+        left, mixed = b - a, (b - a) + (d - c)
+        return jnp.where(n < left, a + n, jnp.where(n < mixed, c + n - left, b + n - mixed))
+
+
+def schedule(
+    mask: Mask | None, T: int, S: int, block_q: int, block_k: int, *, transpose: bool = False, mix_tail: bool = True
+) -> Schedule:
+    """Which tiles a kernel visits, and in which order.
+
+    Args:
+      transpose: columns of tiles take the part of rows: what the pass over keys of a backward pass needs.
+      mix_tail: count the ragged last column of tiles as mixed, for kernels that hide what lies beyond S by masking.
+    """
+    classes = classify(mask, T, S, block_q, block_k)
+    xp = np if isinstance(classes, np.ndarray) else jnp
+    if mix_tail and S % block_k:
+        last = xp.arange(classes.shape[-1]) == classes.shape[-1] - 1
+        classes = xp.where(last & (classes == FULL), np.int8(MIXED), classes)
+    if transpose:
+        classes = xp.swapaxes(classes, 2, 3)
+    mixed = (classes == MIXED).sum(-1, dtype=np.int32)
+    live = (classes != EMPTY).sum(-1, dtype=np.int32)
+    runs = _runs(classes) if isinstance(classes, np.ndarray) else None
+    order = None
+    if runs is None:
+        # Stable, so that tiles of one class keep their order from left to right.
+        rank = xp.where(classes == MIXED, 0, xp.where(classes == FULL, 1, 2))
+        order = xp.argsort(rank, axis=-1, stable=True).astype(np.int32)
+    return Schedule(mixed, live, runs, order)
+
+
+def _runs(classes: np.ndarray) -> np.ndarray | None:
+    """(a, b, c, d) of each row, or None where some row's live or full tiles do not lie in one run."""
+    classes = classes[0, 0]
+    cols = np.arange(classes.shape[1])
+
+    def run(chosen):
+        any_, n = chosen.any(1), chosen.sum(1)
+        first = np.where(any_, chosen.argmax(1), 0)
+        inside = (cols >= first[:, None]) & (cols < (first + n)[:, None])
+        return first, first + n, bool((inside == chosen).all())
+
+    a, d, live_is_run = run(classes != EMPTY)
+    b, c, full_is_run = run(classes == FULL)
+    if not (live_is_run and full_is_run):
+        return None
+    none = b == c
+    return np.stack([a, np.where(none, d, b), np.where(none, d, c), d], axis=1).astype(np.int32)

@@ -54,3 +54,33 @@ def test_masks_with_arrays_are_sorted_on_the_device():
 
 def test_no_mask_is_full_everywhere():
     assert tiles.count(None, 100, 50, 32, 32) == {"empty": 0, "mixed": 0, "full": 8}
+
+
+@given(cases(), st.booleans(), st.booleans())
+def test_schedule_visits_every_live_tile_once_and_mixed_ones_first(case, transpose, mix_tail):
+    mask, array, T, S, block_q, block_k = case
+    plan = tiles.schedule(mask, T, S, block_q, block_k, transpose=transpose, mix_tail=mix_tail)
+    classes = np.asarray(tiles.classify(mask, T, S, block_q, block_k)).copy()
+    if mix_tail and S % block_k:
+        classes[..., -1] = np.minimum(classes[..., -1], tiles.MIXED)
+    if transpose:
+        classes = classes.swapaxes(2, 3)
+    for b, n, row in np.ndindex(classes.shape[:3]):
+        live, mixed = int(plan.live[b, n, row]), int(plan.mixed[b, n, row])
+        runs = None if plan.runs is None else plan.runs[row]
+        visited = [
+            int(plan.column(step, runs, lambda step: plan.order[b, n, row, step]))  # noqa: B023
+            for step in range(live)
+        ]
+        seen = classes[b, n, row]
+        assert sorted(visited) == sorted(np.flatnonzero(seen != tiles.EMPTY).tolist())
+        assert all(seen[c] == tiles.MIXED for c in visited[:mixed])
+        assert all(seen[c] == tiles.FULL for c in visited[mixed:])
+
+
+def test_static_masks_need_four_numbers_a_row():
+    """So that the schedule of a causal mask is not quadratic in T."""
+    plan = tiles.schedule(masks.Causal() & masks.Window(1000, 0), 4096, 4096, 128, 128)
+    assert plan.order is None
+    assert plan.runs is not None
+    assert plan.runs.shape == (32, 4)
