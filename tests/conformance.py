@@ -20,6 +20,7 @@ import pytest
 
 from pallas_kernels import UnsupportedError
 from pallas_kernels.core import tolerance
+from pallas_kernels.core.arrays import arrays_of, is_array, with_arrays
 
 DTYPES = ("float32", "bfloat16", "float16")
 # How the work is done, not what it is: every other parameter must change the output.
@@ -133,21 +134,6 @@ class Suite:
             except UnsupportedError:
                 continue
             assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True)), f"{name} is ignored"
-
-
-def is_array(leaf) -> bool:
-    return isinstance(leaf, (jax.Array, np.ndarray))
-
-
-def arrays_of(tree) -> list[jax.Array]:
-    """The array leaves; Python numbers and None stay behind as static."""
-    return [leaf for leaf in jax.tree.leaves(tree) if is_array(leaf)]
-
-
-def with_arrays(tree, arrays: Sequence[jax.Array]):
-    """`tree` with its array leaves replaced, in order."""
-    replacements = iter(arrays)
-    return jax.tree.map(lambda leaf: next(replacements) if is_array(leaf) else leaf, tree)
 
 
 def is_floating(leaf) -> bool:

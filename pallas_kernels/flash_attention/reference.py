@@ -104,6 +104,22 @@ naive: Any = jax.custom_vjp(_naive, nondiff_argnums=(6, 7))
 naive.defvjp(_naive_forward, _naive_backward)
 
 
+def specified(arguments: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """`attention` of the public function's arguments by name, where what is not given has its default."""
+    return attention(**{"scale": _default_scale(arguments), **arguments})
+
+
+def naively(arguments: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """`naive` of the public function's arguments by name, where what is not given has its default."""
+    names = ("query", "key", "value", "bias", "sink", "mask")
+    scale = arguments.get("scale", _default_scale(arguments))
+    return naive(*map(arguments.get, names), scale, arguments.get("soft_cap"))
+
+
+def _default_scale(arguments: dict[str, Any]) -> float:
+    return arguments["query"].shape[-1] ** -0.5
+
+
 def _scores(rows: jax.Array, cols: jax.Array) -> jax.Array:
     """rows [B, T, N, H] . cols [B, S, K, H] -> [B, N, T, S]; head n meets head n // G, so a group is neighbors."""
     B, T, N, H = rows.shape

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import masks
+from pallas_kernels.core.arrays import arrays_of, with_arrays
 from pallas_kernels.flash_attention import reference
 from pallas_kernels.flash_attention.config import XlaConfig
 from pallas_kernels.flash_attention.shapes import SHAPES, Shape, everything, normal
@@ -25,12 +26,10 @@ class TestFlashAttention(conformance.Suite):
         return self.function(**arguments, return_lse=True, implementation=implementation)
 
     def reference(self, arguments):
-        return reference.attention(**{"scale": arguments["query"].shape[-1] ** -0.5, **arguments})
+        return reference.specified(arguments)
 
     def naive(self, arguments):
-        a = {"bias": None, "sink": None, "mask": None, "soft_cap": None, **arguments}
-        scale = a.get("scale", a["query"].shape[-1] ** -0.5)
-        return reference.naive(*(a[x] for x in ("query", "key", "value", "bias", "sink", "mask")), scale, a["soft_cap"])
+        return reference.naively(arguments)
 
     def changes(self, arguments):
         half = {name: arguments[name] * 0.5 for name in ("query", "key", "value", "bias", "sink")}
@@ -56,5 +55,5 @@ def test_loops_over_tiles(shape):
     tiled = functools.partial(
         pallas_kernels.flash_attention, return_lse=True, implementation="xla", config=XlaConfig(32, 48)
     )
-    call = jax.jit(lambda arrays: tiled(**conformance.with_arrays(arguments, arrays)))
-    TestFlashAttention().assert_agrees(call, conformance.arrays_of(arguments), arguments)
+    call = jax.jit(lambda arrays: tiled(**with_arrays(arguments, arrays)))
+    TestFlashAttention().assert_agrees(call, arrays_of(arguments), arguments)
