@@ -65,15 +65,33 @@ class Shape:
         """Too large for a test on a CPU: for benchmarks only."""
         return self.B * self.N * self.T * self.S > 2**23
 
-    def flops(self, direction: str = "forward") -> float:
+    def flops(self, direction: str = "forward", mask: masks.Mask | None = None) -> float:
         """Matrix operations of the live part of the plane, as the field counts them: 4 B N T S H forward (two
-        products), 3.5 times that with the backward pass; half of it for a causal mask with T = S."""
+        products), 3.5 times that with the backward pass; half of it for a causal mask with T = S.
+
+        Args:
+          direction: "forward", "backward" or "forward_backward".
+          mask: of the call that was made; None takes that of another draw, which matters for packed documents.
+        """
         product = 2 * self.B * self.N * self.T * self.S * (self.H + (self.Hv or self.H))
         live = {"full": 1.0, "causal": 0.5}.get(self.mask_name)
-        if live is None:
-            mask = self.extras(self, np.random.default_rng(0))["mask"]
-            live = float(np.mean(np.asarray(mask.as_array(self.T, self.S))))
+        if live is None or (self.mask_name == "causal" and self.T != self.S):
+            mask = self.extras(self, np.random.default_rng(0)).get("mask") if mask is None else mask
+            live = visible_fraction(mask, self.T, self.S)
         return product * live * {"forward": 1.0, "backward": 2.5, "forward_backward": 3.5}[direction]
+
+
+def visible_fraction(mask: masks.Mask | None, T: int, S: int) -> float:
+    """Share of the T x S plane that a mask leaves visible, the mean over batch and heads. Linear memory.
+
+    >>> visible_fraction(masks.Causal(), 2, 4)
+    0.875
+    """
+    if mask is None:
+        return 1.0
+    cols, step = np.arange(S, dtype=np.int32), max(1, 2**24 // S)
+    chunks = [np.arange(start, min(start + step, T), dtype=np.int32) for start in range(0, T, step)]
+    return sum(float(np.mean(mask.allowed(rows, cols, T, S))) * len(rows) for rows in chunks) / T
 
 
 def normal(random: np.random.Generator, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -93,10 +111,27 @@ def packed(documents: int) -> Extras:
 
     def extras(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
         starts = random.integers(1, shape.T, (shape.B, documents - 1, 1))
-        ids = jnp.asarray(np.sum(np.arange(shape.T) >= starts, axis=1), jnp.int32)
-        return {"mask": masks.Causal() & masks.Segments(ids, ids)}
+        return _documents(np.sum(np.arange(shape.T) >= starts, axis=1))
 
     return extras
+
+
+def packed_log_uniform(shortest: int, longest: int) -> Extras:
+    """Documents as they come: the logarithm of a length is uniform, each row is filled, and its last one cut off."""
+
+    def extras(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
+        # More than a row can hold of them.
+        size = (shape.B, shape.T // shortest + 1)
+        lengths = np.exp(random.uniform(np.log(shortest), np.log(longest), size)).astype(np.int64)
+        ends = np.cumsum(lengths, axis=1)[:, :, None]
+        return _documents(np.sum(np.arange(shape.T) >= ends, axis=1))
+
+    return extras
+
+
+def _documents(ids: np.ndarray) -> dict[str, Any]:
+    ids_on_device = jnp.asarray(ids, jnp.int32)
+    return {"mask": masks.Causal() & masks.Segments(ids_on_device, ids_on_device)}
 
 
 def everything(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
@@ -166,13 +201,19 @@ SHAPES: dict[str, Shape] = {
         for S in (2048, 8192, 16384)
     },
     **{
-        f"gqa_32_8_{S // 1024}k": Shape(2**14 // S, S, S, 32, 8, 128, mask_name="causal", extras=causal)
+        f"gqa_32_8_{'d64_' if H == 64 else ''}{S // 1024}k": Shape(
+            2**14 // S, S, S, 32, 8, H, mask_name="causal", extras=causal
+        )
+        for H in (128, 64)
         for S in (2048, 8192, 16384)
     },
     "llama2_7b_prefill_4k": Shape(1, 4096, 4096, 32, 32, 128, mask_name="causal", extras=causal),
     "llama_1b_train_2k": Shape(8, 2048, 2048, 32, 8, 64, mask_name="causal", extras=causal),
-    "packed_16k": Shape(1, 16384, 16384, 16, 16, 128, mask_name="packed", extras=packed(12)),
+    "packed_16k": Shape(1, 2**14, 2**14, 16, 16, 128, mask_name="packed", extras=packed_log_uniform(128, 2**14)),
     "window_1k_16k": Shape(1, 16384, 16384, 16, 16, 128, mask_name="window", extras=window(1023)),
     "window_4k_16k": Shape(1, 16384, 16384, 16, 16, 128, mask_name="window", extras=window(4095)),
+    # No multiple of any tile; the second is a chunk of a prompt that comes after 7168 other tokens.
+    "ragged_4099": Shape(4, 4099, 4099, 16, 16, 128, mask_name="causal", extras=causal),
+    "ragged_1023_8191": Shape(4, 1023, 8191, 16, 16, 128, mask_name="causal", extras=causal),
     "vit_b16_224_batch_256": Shape(256, 197, 197, 12, 12, 64),
 }
