@@ -2,23 +2,42 @@
 """What the suite is measured against: the best that others offer for the same call, in the same process.
 
 A baseline gets the arguments of a call and its direction ("forward" or "forward_backward") and returns the ways to
-run it, of which the fastest counts, or raises `Unavailable` with the reason why it cannot.
+run it, of which the fastest counts, or raises `Unavailable` with the reason why it cannot. Libraries are imported
+when they are asked for: what is not installed is unavailable, not an error.
 """
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from benchmarks import timing
+from benchmarks.operations import Arguments, cotangent_like
 from pallas_kernels import masks
 from pallas_kernels.core import device
 from pallas_kernels.masks.base import And
 
-Arguments = dict[str, Any]
+
+@dataclasses.dataclass(frozen=True)
+class External:
+    """A way to run a call that JAX does not run.
+
+    Attributes:
+      outputs: runs it once; the outputs of `operations.directed`, as JAX arrays.
+      measure: times it, given the seconds to spend.
+    """
+
+    outputs: Callable[[], Any]
+    measure: Callable[[float], timing.Timing]
+
+
 # A function and the arguments it wants: those of the call, unless the baseline expects them prepared.
-Candidate = tuple[Callable[[Arguments], jax.Array], Arguments]
+Candidate = tuple[Callable[[Arguments], jax.Array], Arguments] | External
 Baseline = Callable[[Arguments, str], list[Candidate]]
 
 
@@ -33,6 +52,19 @@ def _only(arguments: Arguments, *names: str) -> None:
         raise Unavailable(f"takes no {', '.join(extra)}")
 
 
+def _only_half(arguments: Arguments) -> None:
+    """Refuses what is neither bfloat16 nor float16."""
+    if (dtype := arguments["query"].dtype) not in (jnp.bfloat16, jnp.float16):
+        raise Unavailable(f"takes no {dtype}")
+
+
+def _only_one_head_dim(arguments: Arguments, largest: int) -> None:
+    """Refuses head dimensions that differ or are too large."""
+    H, Hv = arguments["query"].shape[-1], arguments["value"].shape[-1]
+    if not H == Hv <= largest:
+        raise Unavailable(f"needs H = Hv <= {largest}, not {H} and {Hv}")
+
+
 def _is_plain(mask: Any, kind: type) -> bool:
     """Whether it is a Causal or a Window whose positions are the default."""
     return isinstance(mask, kind) and mask.query_positions is None and mask.key_positions is None
@@ -43,51 +75,111 @@ def _parts(mask: Any) -> list[Any]:
     return [*_parts(mask.left), *_parts(mask.right)] if isinstance(mask, And) else [mask]
 
 
-def _mask_options(arguments: Arguments) -> dict[str, Any]:
-    """A mask in the words of jax.nn.dot_product_attention: flags where it has them, else the dense array.
+@dataclasses.dataclass(frozen=True)
+class _Band:
+    """A mask in the words of other libraries: how far left and right of the diagonal a query sees (None: all), and
+    Segments if there are any."""
 
-    Its causal mask and window are aligned top-left, so the flags mean the same only where T = S.
-    """
-    mask = arguments.get("mask")
+    left: int | None = None
+    right: int | None = None
+    segments: masks.Segments | None = None
+
+
+def _band(mask: Any) -> _Band | None:
+    """What a conjunction of Causal, Window and one Segments comes to; None for all others."""
     if mask is None:
-        return {}
-    T, S = arguments["query"].shape[1], arguments["key"].shape[1]
-    options: dict[str, Any] = {}
+        return _Band()
+    lefts, rights, segments = [], [], None
     for part in _parts(mask):
-        if T == S and _is_plain(part, masks.Causal):
-            options["is_causal"] = True
-        elif T == S and _is_plain(part, masks.Window) and None not in (part.left, part.right):
-            options["local_window_size"] = (part.left, part.right)
+        if _is_plain(part, masks.Causal):
+            rights.append(0)
+        elif _is_plain(part, masks.Window):
+            lefts += [] if part.left is None else [part.left]
+            rights += [] if part.right is None else [part.right]
+        elif isinstance(part, masks.Segments) and segments is None:
+            segments = part
         else:
-            return {"mask": jnp.asarray(mask.as_array(T, S))}
-    return options
+            return None
+    return _Band(min(lefts, default=None), min(rights, default=None), segments)
 
 
-def dot_product_attention(implementation: Literal["xla", "cudnn"]) -> Baseline:
-    """jax.nn.dot_product_attention, by XLA or cuDNN."""
+def _flags(arguments: Arguments) -> dict[str, Any] | None:
+    """A mask in the flags of jax.nn.dot_product_attention; None where they cannot say it.
 
-    def baseline(arguments: Arguments, direction: str) -> list[Candidate]:
-        _only(arguments, "mask", "bias", "scale")
-        if implementation == "cudnn":
-            if device.current().platform != "gpu":
-                raise Unavailable("cuDNN needs an NVIDIA GPU")
-            if arguments["query"].dtype.name not in ("bfloat16", "float16"):
-                raise Unavailable(f"cuDNN's fused attention takes no {arguments['query'].dtype}")
+    Its causal mask and window are aligned top-left, so they mean the same only where T = S.
+    """
+    band = _band(arguments.get("mask"))
+    if band == _Band():
+        return {}
+    square = arguments["query"].shape[1] == arguments["key"].shape[1]
+    if band is None or band.segments is not None or not square:
+        return None
+    if band.left is None:
+        return {"is_causal": True} if band.right == 0 else None
+    if band.right is None:
+        return None
+    return {"local_window_size": (band.left, band.right), **({"is_causal": True} if band.right == 0 else {})}
 
-        def attend(arguments: Arguments) -> jax.Array:
-            return jax.nn.dot_product_attention(
-                arguments["query"],
-                arguments["key"],
-                arguments["value"],
-                bias=arguments.get("bias"),
-                scale=arguments.get("scale"),
-                implementation=implementation,
-                **_mask_options(arguments),
-            )
 
-        return [(attend, arguments)]
+def _dense(arguments: Arguments) -> dict[str, jax.Array]:
+    """A mask as the array that it stands for, made before the call; nothing if there is none."""
+    mask = arguments.get("mask")
+    return {} if mask is None else {"mask": mask.as_array(arguments["query"].shape[1], arguments["key"].shape[1])}
 
-    return baseline
+
+def _attend_by(
+    function: Callable[..., jax.Array], arguments: Arguments, flags: dict[str, Any] | None, **options: Any
+) -> Candidate:
+    """A candidate of the signature of jax.nn.dot_product_attention, with flags for a mask where there are some."""
+    prepared = {name: value for name, value in arguments.items() if name != "mask"}
+    if flags is None:
+        prepared.update(_dense(arguments))
+
+    def attend(arguments: Arguments) -> jax.Array:
+        given = {name: value for name, value in arguments.items() if value is not None}
+        query, key, value = (given.pop(name) for name in ("query", "key", "value"))
+        return function(query, key, value, **given, **(flags or {}), **options)
+
+    return attend, prepared
+
+
+def jax_xla(arguments: Arguments, direction: str) -> list[Candidate]:
+    """jax.nn.dot_product_attention by XLA: the whole plane of logits in memory."""
+    _only(arguments, "mask", "bias", "scale")
+    return [_attend_by(jax.nn.dot_product_attention, arguments, _flags(arguments), implementation="xla")]
+
+
+def cudnn(arguments: Arguments, direction: str) -> list[Candidate]:
+    """jax.nn.dot_product_attention by cuDNN, which skips what its own causal mask and window hide."""
+    _only_cudnn(arguments)
+    flags = _flags(arguments)
+    if flags is None:
+        raise Unavailable("has no flag for this mask; cudnn_masked takes it as an array")
+    if flags.get("local_window_size", (0, 0))[1] != 0:
+        raise Unavailable("its window has no right side")
+    return [_attend_by(jax.nn.dot_product_attention, arguments, flags, implementation="cudnn")]
+
+
+def cudnn_masked(arguments: Arguments, direction: str) -> list[Candidate]:
+    """The same with the mask as a dense array, which it takes for any mask and adds to the logits."""
+    _only_cudnn(arguments)
+    if arguments.get("mask") is None:
+        raise Unavailable("the call has no mask")
+    candidates = [_attend_by(jax.nn.dot_product_attention, arguments, None, implementation="cudnn")]
+    if direction == "forward" and arguments.get("bias") is None:
+        # What it makes of a mask, made beforehand. With the backward pass it would want a gradient of that.
+        visible = _dense(arguments)["mask"]
+        bias = jnp.where(visible, 0, jnp.finfo(jnp.float16).min).astype(arguments["query"].dtype)
+        biased = {**arguments, "mask": None, "bias": bias}
+        candidates.append(_attend_by(jax.nn.dot_product_attention, biased, {}, implementation="cudnn"))
+    return candidates
+
+
+def _only_cudnn(arguments: Arguments) -> None:
+    _only(arguments, "mask", "bias", "scale")
+    if device.current().platform != "gpu":
+        raise Unavailable("cuDNN needs an NVIDIA GPU")
+    _only_half(arguments)
 
 
 def jax_mosaic_gpu(arguments: Arguments, direction: str) -> list[Candidate]:
@@ -106,10 +198,8 @@ def jax_mosaic_gpu(arguments: Arguments, direction: str) -> list[Candidate]:
     # Two warpgroups of 64 rows each take turns; all lengths are whole tiles of 128 and 256.
     if key.shape != value.shape or query.shape[1] != key.shape[1] or key.shape[1] % 256 or query.shape[-1] % 64:
         raise Unavailable("needs T = S in multiples of 256, H = Hv in multiples of 64")
-    try:
+    with _importing():
         from jax.experimental.pallas.ops.gpu import attention_mgpu
-    except ImportError as error:
-        raise Unavailable(f"import failed: {error}") from error
 
     def attend(arguments: Arguments, block_kv: int) -> jax.Array:
         config = attention_mgpu.TuningConfig(
@@ -122,33 +212,155 @@ def jax_mosaic_gpu(arguments: Arguments, direction: str) -> list[Candidate]:
     return [(functools.partial(attend, block_kv=block_kv), scaled) for block_kv in (256, 128, 64)]
 
 
-def tokamax(arguments: Arguments, direction: str) -> list[Candidate]:
-    """tokamax.dot_product_attention, with the implementation that it chooses, if it is installed."""
-    _only(arguments, "mask", "bias", "scale", "soft_cap")
-    try:
-        import tokamax as library  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise Unavailable(f"is not installed ({error})") from error
+def fa3(arguments: Arguments, direction: str) -> list[Candidate]:
+    """FlashAttention-3's own CUDA kernels through dew_flash_attn (PyPI dew-flash-attn-cu13).
 
-    def attend(arguments: Arguments) -> jax.Array:
-        return library.dot_product_attention(
-            arguments["query"],
-            arguments["key"],
-            arguments["value"],
-            bias=arguments.get("bias"),
-            scale=arguments.get("scale"),
-            logits_soft_cap=arguments.get("soft_cap"),
-            **_mask_options(arguments),
+    Packed documents go to its entry for sequences of varying length; their offsets are made before the call.
+    """
+    _only(arguments, "mask", "scale", "sink")
+    _only_half(arguments)
+    _only_one_head_dim(arguments, 256)
+    if device.current().arch != "sm90":
+        raise Unavailable("needs a Hopper GPU")
+    band = _band(arguments.get("mask"))
+    if band is None:
+        raise Unavailable(f"has no flag for the mask {arguments['mask']}")
+    offsets = None if band.segments is None else document_offsets(band.segments, *arguments["query"].shape[:2])
+    with _importing():
+        import dew_flash_attn as library  # type: ignore[import-not-found]
+
+    # Causal and windows are aligned bottom-right here too; -1 leaves a side open.
+    causal = band.left is None and band.right == 0
+    window = (-1, -1) if causal else tuple(-1 if side is None else side for side in (band.left, band.right))
+    options = {"is_causal": causal, "window_size": window}
+    prepared = {name: value for name, value in arguments.items() if name != "mask"}
+    if offsets is None:
+
+        def attend(arguments: Arguments) -> jax.Array:
+            query, key, value = (arguments[name] for name in ("query", "key", "value"))
+            return library.flash_mha(query, key, value, arguments.get("scale"), sinks=arguments.get("sink"), **options)
+
+        return [(attend, prepared)]
+    longest = int(np.diff(offsets).max())
+
+    def attend_packed(arguments: Arguments) -> jax.Array:
+        # Rows of the batch one after another: a view, [B T, N, H].
+        query, key, value = (
+            arguments[name].reshape(-1, *arguments[name].shape[2:]) for name in ("query", "key", "value")
         )
+        out = library.flash_mha_varlen(
+            query,
+            key,
+            value,
+            arguments["offsets"],
+            longest,
+            arguments.get("scale"),
+            sinks=arguments.get("sink"),
+            **options,
+        )
+        return out.reshape(arguments["query"].shape)
 
-    return [(attend, arguments)]
+    return [(attend_packed, {**prepared, "offsets": jnp.asarray(offsets)})]
+
+
+def document_offsets(segments: masks.Segments, B: int, T: int) -> np.ndarray:
+    """Where the documents of packed rows begin, and where the last one ends: int32, rows one after another.
+
+    >>> ids = np.asarray([[0, 0, 0, 1, 1], [4, 4, 5, 5, 5]])
+    >>> document_offsets(masks.Segments(ids, ids), 2, 5)
+    array([ 0,  3,  5,  7, 10], dtype=int32)
+
+    Raises:
+      Unavailable: keys lie in other documents than queries, or a document in several pieces.
+    """
+    query_ids, key_ids = np.asarray(segments.query_ids), np.asarray(segments.key_ids)
+    if not np.array_equal(query_ids, key_ids):
+        raise Unavailable("needs the same documents for queries and keys")
+    ids = np.broadcast_to(query_ids, (B, T))
+    if np.any(np.diff(ids, axis=1) < 0):
+        raise Unavailable("needs documents in ascending order")
+    begins = np.ones((B, T), bool)
+    begins[:, 1:] = np.diff(ids, axis=1) != 0
+    return np.append(np.flatnonzero(begins), B * T).astype(np.int32)
+
+
+def tokamax(arguments: Arguments, direction: str) -> list[Candidate]:
+    """tokamax.dot_product_attention by its Mosaic GPU kernels. A window or causal mask it skips by, as cuDNN."""
+    _only(arguments, "mask", "bias", "scale", "soft_cap")
+    if device.current().platform != "gpu":
+        raise Unavailable("its Mosaic GPU kernels need an NVIDIA GPU")
+    with _importing():
+        import tokamax as library  # type: ignore[import-not-found]
+
+    def attend(*arrays: jax.Array, soft_cap: float | None = None, **options: Any) -> jax.Array:
+        try:
+            # Named, for left to itself it would quietly fall back to Triton and XLA.
+            return library.dot_product_attention(*arrays, logits_soft_cap=soft_cap, implementation="mosaic", **options)
+        except NotImplementedError as error:
+            raise Unavailable(f"mosaic: {error}") from error
+
+    return [_attend_by(attend, arguments, _flags(arguments))]
+
+
+def torch_flash(arguments: Arguments, direction: str) -> list[Candidate]:
+    """FlashAttention-2 through torch.nn.functional.scaled_dot_product_attention, on the same arrays."""
+    _only(arguments, "mask", "scale")
+    _only_half(arguments)
+    _only_one_head_dim(arguments, 256)
+    flags = _flags(arguments)
+    if flags not in ({}, {"is_causal": True}):
+        raise Unavailable("masks causally with T = S, or not at all")
+    if device.current().platform != "gpu":
+        raise Unavailable("FlashAttention-2 needs an NVIDIA GPU")
+    with _importing():
+        import torch  # type: ignore[import-not-found]
+        from torch.nn import attention, functional  # type: ignore[import-not-found]
+    if not torch.cuda.is_available():
+        raise Unavailable("this PyTorch sees no GPU")
+
+    def borrowed(array: jax.Array) -> Any:
+        return torch.from_dlpack(jax.block_until_ready(array)).clone()
+
+    query, key, value = inputs = [borrowed(arguments[name]) for name in ("query", "key", "value")]
+    options = {"scale": arguments.get("scale"), "enable_gqa": query.shape[2] != key.shape[2], **flags}
+    both = direction == "forward_backward"
+    shape = (*query.shape[:-1], value.shape[-1])
+    cotangent = borrowed(cotangent_like(shape).astype(arguments["query"].dtype)) if both else None
+    for array in inputs:
+        array.requires_grad_(both)
+
+    def run() -> list[Any]:
+        with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+            # It takes [B, N, T, H], of any strides.
+            heads_first = (array.transpose(1, 2) for array in (query, key, value))
+            out = functional.scaled_dot_product_attention(*heads_first, **options).transpose(1, 2)
+        return [out, *(torch.autograd.grad(out, inputs, cotangent) if both else [])]
+
+    def outputs() -> list[jax.Array]:
+        arrays = [array.detach().contiguous() for array in run()]
+        torch.cuda.synchronize()
+        return [jnp.from_dlpack(array) for array in arrays]
+
+    return [External(outputs, lambda budget: timing.measure_torch(run, budget=budget))]
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """A library that cannot be imported is not available; its shared objects may be missing, too."""
+    try:
+        yield
+    except (ImportError, OSError) as error:
+        raise Unavailable(f"is not installed ({error})") from error
 
 
 BASELINES: Mapping[str, Mapping[str, Baseline]] = {
     "flash_attention": {
-        "cudnn": dot_product_attention("cudnn"),
-        "jax_xla": dot_product_attention("xla"),
-        "jax_mosaic_gpu": jax_mosaic_gpu,
+        "cudnn": cudnn,
+        "cudnn_masked": cudnn_masked,
+        "fa3": fa3,
         "tokamax": tokamax,
+        "torch_flash": torch_flash,
+        "jax_mosaic_gpu": jax_mosaic_gpu,
+        "jax_xla": jax_xla,
     }
 }

@@ -7,11 +7,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import pallas_kernels
-from benchmarks.baselines import Arguments
+from pallas_kernels import masks
+from pallas_kernels.core.arrays import arrays_of, with_arrays
 from pallas_kernels.flash_attention import reference as flash_attention_reference
 from pallas_kernels.flash_attention import shapes as flash_attention_shapes
+
+Arguments = dict[str, Any]
+# Where something lies in an array: an index that NumPy takes.
+Index = Any
+EVERYTHING: Index = ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A smaller call whose results are a part of a large one's: small enough for the specification.
+
+    Attributes:
+      name: for messages.
+      arguments: of the smaller call.
+      output: where its output lies in that of the large call.
+      gradients: where its gradients lie in those of the large call, one for each differentiable argument; None for
+        one that the rest of the large call takes part in.
+    """
+
+    name: str
+    arguments: Arguments
+    output: Index
+    gradients: tuple[Index | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +45,11 @@ class Operation:
 
     Attributes:
       function: takes the arguments of a shape by name, and `implementation=`.
-      shapes: name -> shape with make(dtype, key), flops(direction), mask_name and large.
+      shapes: name -> shape with make(dtype, key), flops(direction, mask), mask_name and large.
       differentiable: the arguments that "forward_backward" takes gradients of.
-      specification: (arguments) -> what it must be; for shapes that are not large.
+      specification: (arguments) -> what it must be.
       naive: (arguments) -> what the naive way makes of it in the arguments' precision.
+      samples: (arguments) -> the parts of a large call that are held to the specification.
       memory_bound: whether to rotate the arguments so that none is found in the cache.
     """
 
@@ -32,20 +58,55 @@ class Operation:
     differentiable: tuple[str, ...]
     specification: Callable[[Arguments], jax.Array]
     naive: Callable[[Arguments], jax.Array]
+    samples: Callable[[Arguments], list[Sample]]
     memory_bound: bool = False
 
 
-def _attention_specification(arguments: Arguments) -> jax.Array:
-    out, _ = flash_attention_reference.attention(**{"scale": arguments["query"].shape[-1] ** -0.5, **arguments})
-    return out
+def attention_samples(arguments: Arguments, rows: int = 32) -> list[Sample]:
+    """Two cuts through an attention call, each exact where it looks.
+
+    All rows and keys of one batch element and one group of heads: output and all gradients. And some rows, the first
+    and the last among them, of every head: output and gradient of the query. Together they meet every program that a
+    kernel can be cut into along batch, heads and rows.
+    """
+    query, key = arguments["query"], arguments["key"]
+    (B, T, N, _), (S, K) = query.shape, key.shape[1:3]
+    mask: masks.Mask | None = arguments.get("mask")
+    # The last of the batch: a kernel that walks over it has done all the others before.
+    b, k, group = B - 1, K // 2, N // K
+    batch, heads, kv_heads = slice(b, b + 1), slice(k * group, (k + 1) * group), slice(k, k + 1)
+    one: Arguments = {
+        **arguments,
+        "query": query[batch, :, heads],
+        "key": key[batch, :, kv_heads],
+        "value": arguments["value"][batch, :, kv_heads],
+    }
+    chosen = np.random.default_rng(0).choice(T, min(rows, T), replace=False)
+    chosen = np.unique([0, *chosen, T - 1]).astype(np.int32)
+    some: Arguments = {**arguments, "query": query[:, chosen]}
+    if mask is not None:
+        one["mask"] = masks.Dense(_cut(mask.as_array(T, S), batch, heads))
+        some["mask"] = masks.Dense(jnp.asarray(mask.allowed(chosen, np.arange(S, dtype=np.int32), T, S)))
+    if (bias := arguments.get("bias")) is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+        one["bias"] = _cut(bias, batch, heads)
+        some["bias"] = bias if bias.shape[2] == 1 else bias[:, :, chosen]
+    if (sink := arguments.get("sink")) is not None:
+        one["sink"] = sink[heads]
+    return [
+        Sample(
+            f"batch {b}, heads {heads.start} to {heads.stop - 1}",
+            one,
+            np.s_[batch, :, heads],
+            (np.s_[batch, :, heads], np.s_[batch, :, kv_heads], np.s_[batch, :, kv_heads]),
+        ),
+        Sample(f"{len(chosen)} rows", some, np.s_[:, chosen], (np.s_[:, chosen], None, None)),
+    ]
 
 
-def _attention_naive(arguments: Arguments) -> jax.Array:
-    names = ("query", "key", "value", "bias", "sink", "mask")
-    scale = arguments.get("scale", arguments["query"].shape[-1] ** -0.5)
-    naive: Any = flash_attention_reference.naive
-    out, _ = naive(*(arguments.get(name) for name in names), scale, arguments.get("soft_cap"))
-    return out
+def _cut(array: jax.Array, batch: slice, heads: slice) -> jax.Array:
+    """[B|1, N|1, ...] at a part of batch and heads."""
+    return array[batch if array.shape[0] > 1 else slice(None), heads if array.shape[1] > 1 else slice(None)]
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -53,54 +114,51 @@ OPERATIONS: dict[str, Operation] = {
         function=pallas_kernels.flash_attention,
         shapes=flash_attention_shapes.SHAPES,
         differentiable=("query", "key", "value"),
-        specification=_attention_specification,
-        naive=_attention_naive,
+        specification=lambda arguments: flash_attention_reference.specified(arguments)[0],
+        naive=lambda arguments: flash_attention_reference.naively(arguments)[0],
+        samples=attention_samples,
     ),
 }
 
 
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf of the arguments is data; numbers, flags and None are part of the program."""
-    return isinstance(leaf, jax.Array)
-
-
-def split(arguments: Arguments) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Arguments]]:
-    """The arrays of a call, and the function that puts others in their place."""
-    leaves, structure = jax.tree.flatten(arguments)
-    arrays = [leaf for leaf in leaves if is_array(leaf)]
-
-    def join(arrays: list[jax.Array]) -> Arguments:
-        replacements = iter(arrays)
-        return structure.unflatten([next(replacements) if is_array(leaf) else leaf for leaf in leaves])
-
-    return arrays, join
+def cotangent_like(shape: tuple[int, ...]) -> jax.Array:
+    """The cotangent that every way to run a call is given: eighths between -2 and 2, exact in every precision."""
+    return jax.random.randint(jax.random.key(1), shape, -16, 17, jnp.int32).astype(jnp.bfloat16) / 8
 
 
 def directed(
-    function: Callable[[Arguments], jax.Array], arguments: Arguments, direction: str, differentiable: tuple[str, ...]
+    function: Callable[[Arguments], jax.Array],
+    arguments: Arguments,
+    direction: str,
+    differentiable: tuple[str, ...],
+    cotangent: jax.Array | None = None,
 ) -> tuple[Callable[..., Any], list[jax.Array]]:
     """A call as a function of arrays alone, and these arrays.
 
     Args:
       direction: "forward" returns the output; "forward_backward" the output and the gradients of the arguments in
-        `differentiable` for a random cotangent.
+        `differentiable`.
+      cotangent: of the output; None is `cotangent_like` it.
     """
-    arrays, join = split(arguments)
+    arrays = arrays_of(arguments)
     if direction == "forward":
-        return lambda *arrays: function(join(list(arrays))), arrays
+        return lambda *arrays: function(with_arrays(arguments, arrays)), arrays
     if direction != "forward_backward":
         raise ValueError(f'direction must be "forward" or "forward_backward", got {direction!r}')
-
-    shape = jax.eval_shape(lambda *arrays: function(join(list(arrays))), *arrays).shape
-    # Eighths between -2 and 2: the same numbers in every precision.
-    cotangent = jax.random.randint(jax.random.key(1), shape, -16, 17, jnp.int32).astype(jnp.bfloat16) / 8
+    if cotangent is None:
+        cotangent = cotangent_like(output_shape(function, arguments))
 
     def both(cotangent: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        arguments = join(list(arrays))
-        inputs = tuple(arguments[name] for name in differentiable)
+        given = with_arrays(arguments, arrays)
+        inputs = tuple(given[name] for name in differentiable)
         out, pullback = jax.vjp(
-            lambda *inputs: function({**arguments, **dict(zip(differentiable, inputs, strict=True))}), *inputs
+            lambda *inputs: function({**given, **dict(zip(differentiable, inputs, strict=True))}), *inputs
         )
         return out, pullback(cotangent.astype(out.dtype))
 
     return both, [cotangent, *arrays]
+
+
+def output_shape(function: Callable[[Arguments], jax.Array], arguments: Arguments) -> tuple[int, ...]:
+    """Shape of the output of a call, without running it."""
+    return jax.eval_shape(lambda *arrays: function(with_arrays(arguments, arrays)), *arrays_of(arguments)).shape

@@ -3,11 +3,13 @@
 
     "cupti"  the sum of the durations of its kernels, as the GPU's own counters report them: no launch gaps, no host
     "wall"   wall clock from the call until its results are there: on a CPU, and for whole programs
+    "events" between CUDA events around each of many calls in a row: for PyTorch, which CUPTI through JAX cannot time
 
 Whoever calls says which; nothing is replaced silently, and every row of results names its method.
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-METHODS = ("cupti", "wall")
+METHODS = ("cupti", "wall")  # of JAX functions
 # Data read again sooner than this many bytes later may come from the cache: twice the L2 of an H100 (50 MB).
 BEYOND_CACHE = 100 * 2**20
 
@@ -28,7 +30,7 @@ class Timing:
     Attributes:
       median: of all repetitions.
       spread: distance between the quartiles, as a fraction of the median.
-      method: one of METHODS.
+      method: one of those above.
     """
 
     median: float
@@ -58,12 +60,12 @@ def measure(
     """Times `function(*arguments)`, compiled and warm.
 
     Args:
-      function: jittable; all arguments are arrays or pytrees of them.
+      function: jittable, or compiled already; all arguments are arrays or pytrees of them.
       arguments: its arguments.
       method: one of METHODS; None is `default_method()`.
       budget: about how many seconds to spend on repetitions: at least 5, at most 200 of them.
       rotate: call it on several copies of the arguments in turn, so that each call finds its data in the memory and
-        not in the cache. For operations that are bound by memory.
+        not in the cache. For operations that are bound by memory. A compiled function cannot be rotated.
 
     Raises:
       RuntimeError: CUPTI is not there; says what to do.
@@ -72,19 +74,49 @@ def measure(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     copies = _copies(arguments) if rotate else 1
-    if copies > 1:
+    if isinstance(function, jax.stages.Compiled):
+        if copies > 1:
+            raise ValueError("a compiled function takes one set of arguments; rotate=True needs the function itself")
+        compiled: Callable = function
+    elif copies > 1:
         sets = [jax.tree.map(lambda x: x + 0, tuple(arguments)) for _ in range(copies)]
         compiled = jax.jit(lambda *sets: [function(*one) for one in sets]).lower(*sets).compile()
         arguments = sets
     else:
         compiled = jax.jit(function).lower(*arguments).compile()
     _once(compiled, arguments)  # the first run also allocates
-    repetitions = int(min(200, max(5, budget / _once(compiled, arguments))))
+    repetitions = _repetitions(budget, _once(compiled, arguments))
     if method == "cupti":
         seconds = _cupti(compiled, arguments, repetitions)
     else:
         seconds = [_once(compiled, arguments) for _ in range(repetitions)]
     return summarize([one / copies for one in seconds], method)
+
+
+def measure_torch(function: Callable[[], Any], *, budget: float = 1.0) -> Timing:
+    """Times a function of PyTorch on its current CUDA stream, warm. Calls are queued five at a time, so that what the
+    host takes to launch one is hidden behind the one before.
+    """
+    import torch  # type: ignore[import-not-found]
+
+    def batch(n: int) -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+        events[0].record()
+        for event in events[1:]:
+            function()
+            event.record()
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
+
+    warm = batch(3)
+    seconds: list[float] = []
+    while len(seconds) < _repetitions(budget, warm[-1]):
+        seconds += batch(6)[1:]  # the first of a batch waits for the host
+    return summarize(seconds, "events")
+
+
+def _repetitions(budget: float, seconds: float) -> int:
+    return int(min(200, max(5, budget / seconds)))
 
 
 def _copies(arguments: Sequence) -> int:
