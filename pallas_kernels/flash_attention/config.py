@@ -4,6 +4,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call
@@ -28,12 +29,98 @@ class XlaConfig:
                 raise ValueError(f"XlaConfig.{name} must be an integer >= 1, got {value!r}.")
 
 
-CONFIGS = {"xla": XlaConfig}
+@dataclasses.dataclass(frozen=True)
+class MosaicTpuConfig:
+    """Tiles of the `mosaic_tpu` implementation, on the two levels of FastAttention (Lin et al., 2024, section 4.1).
+
+    A first-level block is block_q x block_k_major logits: what one grid step copies in, and one update of the online
+    softmax. Inside it the matrix unit works through sub-blocks of block_k columns, the vector unit through slices of
+    block_rows rows. block_k == block_k_major is tiling on one level. The kernels narrow blocks to arrays that are
+    shorter, so that a configuration fits any length.
+
+    Attributes:
+      block_q: query rows of a first-level block, a multiple of 128.
+      block_k_major: key columns of a first-level block, a multiple of block_k.
+      block_k: key columns of one matrix product, a multiple of 128 (the lanes of a register).
+      block_rows: rows that the vector unit takes at a time, a multiple of 32 that divides block_q.
+      mask: how mixed tiles of a plain causal mask hide logits: "window" looks the tile up in one constant M-mask
+        whose sides are twice the larger block edge (FastAttention, section 4.2), "iota" compares row and column
+        numbers. Every other mask compares, whatever this says.
+    """
+
+    block_q: int
+    block_k_major: int
+    block_k: int
+    block_rows: int
+    mask: Literal["window", "iota"] = "window"
+
+    def __post_init__(self):
+        def ask(name: str, holds: bool, rule: str) -> None:
+            if not holds:
+                raise ValueError(f"MosaicTpuConfig.{name} must be {rule}, got {getattr(self, name)!r}.")
+
+        def multiple(n: object, of: int) -> bool:
+            return isinstance(n, int) and n > 0 and n % of == 0
+
+        ask("block_q", multiple(self.block_q, 128), "a positive multiple of 128")
+        ask("block_k", multiple(self.block_k, 128), "a positive multiple of 128")
+        ask("block_k_major", multiple(self.block_k_major, self.block_k), f"a multiple of block_k={self.block_k}")
+        rows = multiple(self.block_rows, 32) and self.block_q % self.block_rows == 0
+        ask("block_rows", rows, f"a multiple of 32 that divides block_q={self.block_q}")
+        ask("mask", self.mask in ("window", "iota"), '"window" or "iota"')
+
+    def vmem_bytes(self, call: Call) -> int:
+        """On-chip memory of the call's largest kernel: blocks twice (one computes, one is copied), scratch once."""
+        q, width, bytes_each = self.block_q, self.block_k_major, _ITEM_BYTES.get(call.arguments[0].dtype, 4)
+        H, Hv = (_round_up(call.sizes[letter], 128) for letter in ("H", "Hv"))
+        blocks, scratch = (q + width) * (H + Hv) * bytes_each, q * width * (4 + bytes_each) + q * (256 + Hv) * 4
+        if call.direction == "backward":  # the pass over keys: gradients beside keys and values, S and dP, P and dS
+            blocks += width * (H + Hv) * bytes_each
+            scratch = 2 * q * width * (4 + bytes_each) + width * (H + Hv) * 4 + 256 * q * 4
+        whole_tiles = (call.argument("bias") is not None) + ("Dense" in str(call.option("mask")))
+        window = (2 * max(q, width)) ** 2 if self.mask == "window" and call.option("mask") == "Causal" else 0
+        return 2 * (blocks + whole_tiles * q * width * 4) + scratch + window
 
 
-def heuristic(call: Call, device: Device, implementation: str) -> XlaConfig:
+@dataclasses.dataclass(frozen=True)
+class Sm80Config:
+    """Tiles of the `mosaic_gpu` implementation for Ampere and Ada (it runs on Hopper too, if given this).
+
+    Attributes:
+      block_q: query rows of a block of the forward pass: 16 or 32 for each of 4 warps, so 64 or 128.
+      block_k: key columns of a tile.
+      stages: how many tiles of keys, and of values, shared memory holds.
+      dkv_block_q, dkv_block_k, dkv_stages: the pass for dK and dV; a block has dkv_block_k keys, and holds dkv_stages
+        tiles of dkv_block_q rows of queries.
+      dq_block_q, dq_block_k, dq_stages: the pass for dQ; as in the forward pass.
+    """
+
+    block_q: int = 128
+    block_k: int = 64
+    stages: int = 2
+    dkv_block_q: int = 64
+    dkv_block_k: int = 64
+    dkv_stages: int = 2
+    dq_block_q: int = 64
+    dq_block_k: int = 64
+    dq_stages: int = 2
+
+    def __post_init__(self):
+        rows, cols = (64, 128), (32, 64, 128)
+        rules = {"block_q": rows, "dkv_block_k": rows, "dq_block_q": rows, "dkv_block_q": rows}
+        rules |= {"block_k": cols, "dq_block_k": cols} | {f"{of}stages": (1, 2, 3, 4) for of in ("", "dkv_", "dq_")}
+        for name, allowed in rules.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Sm80Config.{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+
+
+CONFIGS = {"xla": XlaConfig, "mosaic_tpu": MosaicTpuConfig}
+
+
+def heuristic(call: Call, device: Device, implementation: str) -> XlaConfig | MosaicTpuConfig:
     """A good configuration without measuring anything."""
-    del implementation  # only `xla` has a configuration so far
+    if implementation == "mosaic_tpu":
+        return _mosaic_tpu(call)
     s = call.sizes
     on_cpu = device.platform == "cpu"
     # Entries of a float32 tile of logits: on a CPU it should stay in the last-level cache; a GPU wants few, large
@@ -47,9 +134,12 @@ def heuristic(call: Call, device: Device, implementation: str) -> XlaConfig:
     return XlaConfig(block_q, block_k)
 
 
-def search_space(call: Call, device: Device, implementation: str) -> Iterator[XlaConfig]:
+def search_space(call: Call, device: Device, implementation: str) -> Iterator[XlaConfig | MosaicTpuConfig]:
     """Configurations worth measuring."""
-    del device, implementation
+    del device
+    if implementation == "mosaic_tpu":
+        yield from _mosaic_tpu_space(call)
+        return
     T, S = call.sizes["T"], call.sizes["S"]
     seen = set()
     for block_q in (64, 128, 256, 512, 1024):
@@ -58,6 +148,36 @@ def search_space(call: Call, device: Device, implementation: str) -> Iterator[Xl
             if config not in seen:
                 seen.add(config)
                 yield config
+
+
+# On-chip memory that kernels plan with: all generations since v5e have at least twice that.
+VMEM_BYTES = 2**25
+_ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def mosaic_tpu_block(call: Call, block_q: int, block_k_major: int, mask: Literal["window", "iota"]) -> MosaicTpuConfig:
+    """A first-level block cut the usual way: products of 128 columns, slices of 32 registers for the vector unit."""
+    rows = max(32, min(block_q, _power_of_two_below(2**15 // block_k_major)))
+    return MosaicTpuConfig(block_q, block_k_major, 128, rows, mask)
+
+
+def _mosaic_tpu(call: Call) -> MosaicTpuConfig:
+    """The widest first-level block that fits: each doubling halves the softmax updates of a row of tiles."""
+    space = sorted(_mosaic_tpu_space(call), key=lambda c: (c.block_k_major, -abs(c.block_q - 256)), reverse=True)
+    return space[0] if space else mosaic_tpu_block(call, 128, 128, "iota")
+
+
+def _mosaic_tpu_space(call: Call) -> Iterator[MosaicTpuConfig]:
+    for block_q in (128, 256, 512):
+        for block_k_major in (128, 256, 512, 1024):
+            for mask in ("window", "iota") if call.option("mask") == "Causal" else ("iota",):
+                config = mosaic_tpu_block(call, block_q, block_k_major, mask)
+                if config.vmem_bytes(call) <= VMEM_BYTES // 2:
+                    yield config
+
+
+def _round_up(n: int, to: int) -> int:
+    return n + -n % to
 
 
 def _power_of_two_below(n: int) -> int:

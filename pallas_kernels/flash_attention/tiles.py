@@ -141,3 +141,36 @@ def _runs(classes: np.ndarray) -> np.ndarray | None:
         return None
     none = b == c
     return np.stack([a, np.where(none, d, b), np.where(none, d, c), d], axis=1).astype(np.int32)
+
+
+def mask_window(row: jax.Array, col: jax.Array, T: int, S: int, block_q: int, block_k: int, align: int = 1) -> tuple:
+    """Where in the M-mask (`m_mask`) the causal mask of the tile that starts at (row, col) begins: (row, column).
+
+    FastAttention (Lin et al., 2024, section 4.2): hidden is b - a > row - col + S - T at entry (a, b) of a tile, so
+    tiles of one diagonal look alike, and moving the window right or down in the M-mask is moving the diagonal. Both
+    clamps are exact: beyond them a tile is all hidden or all visible.
+
+        row - col + S - T <= 0:  start at (0, col - row - S + T), at most block_q     M-mask  0 1 1 1
+                          >  0:  start at (row - col + S - T, 0), at most block_k             0 0 1 1
+                                                                                              0 0 0 1
+    Args:
+      row, col: first row and column of the tile; block_q and block_k are its size.
+      align: the window starts at multiples of it, if row - col is one; the M-mask is shifted by what then remains.
+    """
+    shift = (S - T) % align
+    diagonal = row - col + S - T - shift
+    return jnp.clip(diagonal, 0, block_k), jnp.clip(-diagonal, 0, _last_column(block_q, shift, align))
+
+
+def m_mask(T: int, S: int, block_q: int, block_k: int, align: int = 1) -> jax.Array:
+    """The one causal mask that all tiles of a call share, int8, 1 = hidden: twice the larger tile edge a side,
+    whatever T and S are."""
+    shift = (S - T) % align
+    side = max(2 * max(block_q, block_k), _last_column(block_q, shift, align) + block_k)
+    a, b = (jax.lax.broadcasted_iota(jnp.int32, (side, side), axis) for axis in (0, 1))
+    return (b > a + shift).astype(jnp.int8)
+
+
+def _last_column(block_q: int, shift: int, align: int) -> int:
+    """From this column on, a window of the M-mask is all hidden."""
+    return block_q + shift + -(block_q + shift) % align

@@ -84,3 +84,25 @@ def test_static_masks_need_four_numbers_a_row():
     assert plan.order is None
     assert plan.runs is not None
     assert plan.runs.shape == (32, 4)
+
+
+@given(
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.sampled_from([4, 8, 16, 64]),
+    st.sampled_from([4, 8, 32, 64]),
+    st.sampled_from([1, 4]),
+)
+def test_every_window_of_the_m_mask_is_the_slice_of_the_full_mask(T, S, block_q, block_k, align):
+    """Ragged tails, T > S and shifts that are no multiple of the alignment included; also of tiles that are skipped."""
+    window = np.asarray(tiles.m_mask(T, S, block_q, block_k, align))
+    assert window.shape[0] <= 2 * max(block_q, block_k) + align
+    T_padded, S_padded = T + -T % block_q, S + -S % block_k
+    rows, cols = np.meshgrid(np.arange(0, T_padded, block_q), np.arange(0, S_padded, block_k), indexing="ij")
+    starts = [np.asarray(x) for x in tiles.mask_window(rows, cols, T, S, block_q, block_k, align)]
+    hidden = np.arange(S_padded)[None, :] > np.arange(T_padded)[:, None] + S - T
+    for row, col, i, j in zip(*(x.ravel() for x in (rows, cols, *starts)), strict=True):
+        assert i % align == 0
+        assert j % align == 0
+        seen = window[i : i + block_q, j : j + block_k]
+        np.testing.assert_array_equal(seen, hidden[row : row + block_q, col : col + block_k])
