@@ -58,11 +58,13 @@ def _only_half(arguments: Arguments) -> None:
         raise Unavailable(f"takes no {dtype}")
 
 
-def _only_one_head_dim(arguments: Arguments, largest: int) -> None:
+def _only_one_head_dim(arguments: Arguments, largest: int | None = None) -> None:
     """Refuses head dimensions that differ or are too large."""
-    H, Hv = arguments["query"].shape[-1], arguments["value"].shape[-1]
-    if not H == Hv <= largest:
-        raise Unavailable(f"needs H = Hv <= {largest}, not {H} and {Hv}")
+    found = {arguments["query"].shape[-1], arguments["value"].shape[-1]}
+    if len(found) > 1:
+        raise Unavailable(f"needs one head dimension, not {' and '.join(map(str, sorted(found)))}")
+    if largest is not None and max(found) > largest:
+        raise Unavailable(f"needs a head dimension of at most {largest}, not {max(found)}")
 
 
 def _is_plain(mask: Any, kind: type) -> bool:
@@ -146,6 +148,7 @@ def _attend_by(
 def jax_xla(arguments: Arguments, direction: str) -> list[Candidate]:
     """jax.nn.dot_product_attention by XLA: the whole plane of logits in memory."""
     _only(arguments, "mask", "bias", "scale")
+    _only_one_head_dim(arguments)
     return [_attend_by(jax.nn.dot_product_attention, arguments, _flags(arguments), implementation="xla")]
 
 
@@ -180,6 +183,7 @@ def _only_cudnn(arguments: Arguments) -> None:
     if device.current().platform != "gpu":
         raise Unavailable("cuDNN needs an NVIDIA GPU")
     _only_half(arguments)
+    _only_one_head_dim(arguments, 256)
 
 
 def jax_mosaic_gpu(arguments: Arguments, direction: str) -> list[Candidate]:

@@ -3,6 +3,7 @@
 
 benchmarks/results/<device>.csv          operations, one row a shape, direction, dtype and implementation
 benchmarks/results/<device>_models.csv   whole models, one row a phase
+benchmarks/results/<device>_fastattention.csv   the claims of the FastAttention paper, one row a figure
 """
 
 import csv
@@ -101,6 +102,35 @@ class ModelRow:
         return tuple(getattr(self, field) for field in fields)
 
 
+@dataclasses.dataclass(frozen=True)
+class PaperRow:
+    """One figure beside a claim of a paper.
+
+    Attributes:
+      part: which claim, for example "operator".
+      case: what else is held fixed: the mask, the model.
+      length: tokens of a row.
+      variant: what is compared with the other variants of the same part, case and length.
+      value, unit: the figure.
+      commit, jax, device: as in Row.
+    """
+
+    part: str
+    case: str
+    length: str
+    variant: str
+    value: str
+    unit: str
+    commit: str
+    jax: str
+    device: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes two rows measurements of the same thing."""
+        return (self.part, self.case, self.length, self.variant)
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A figure with that many significant digits, never in exponent form; "" for None.
 
@@ -149,7 +179,7 @@ def environment() -> dict[str, str]:
     return {"commit": commit(), "jax": jax.__version__, "device": device_lib.current().kind}
 
 
-def append[R: (Row, ModelRow)](file: Path, rows: Sequence[R]) -> None:
+def append[R: (Row, ModelRow, PaperRow)](file: Path, rows: Sequence[R]) -> None:
     """Adds rows to a CSV file, which is made with its header if it is not there.
 
     Raises:
@@ -171,7 +201,7 @@ def append[R: (Row, ModelRow)](file: Path, rows: Sequence[R]) -> None:
         writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
-def read[R: (Row, ModelRow)](file: Path, kind: type[R]) -> list[R]:
+def read[R: (Row, ModelRow, PaperRow)](file: Path, kind: type[R]) -> list[R]:
     """The newest row of each measurement, in the order in which they were first measured.
 
     Raises:
@@ -184,6 +214,6 @@ def read[R: (Row, ModelRow)](file: Path, kind: type[R]) -> list[R]:
             raise ValueError(f"{file}: does not hold rows of {kind.__name__}: {error}") from error
 
 
-def newest[R: (Row, ModelRow)](rows: Iterable[R]) -> list[R]:
+def newest[R: (Row, ModelRow, PaperRow)](rows: Iterable[R]) -> list[R]:
     """Drops every row that a later one replaces."""
     return list({row.key: row for row in rows}.values())

@@ -126,7 +126,7 @@ def measure_call(
     timings: dict[str, timing.Timing] = {}
     wrong = 0
     for requested in implementations:
-        name = requested
+        name, ours = requested, requested not in BASELINES.get(op, {})
         try:
             with _as_if(requested):
                 candidates = _candidates(call, requested, direction)
@@ -139,13 +139,13 @@ def measure_call(
             print(f"  {name:16} not run: {' '.join(str(refusal).split())}")
         except AssertionError as error:
             print(f"  {name:16} WRONG: {error}")
-            wrong += 1
+            wrong += ours
         except Exception as error:
             # One that breaks must not take the others' measurements with it.
             print(f"  {name:16} FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
-            if requested not in BASELINES.get(op, {}):
+            if ours:
                 traceback.print_exc()
-                wrong += 1
+            wrong += ours
         else:
             print(f"  {name:16} {timings[name].median * 1e6:12.1f} us  +- {timings[name].spread:.1%}", flush=True)
     make = RowMaker(call, direction)

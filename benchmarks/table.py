@@ -5,7 +5,8 @@
     (rewritten by python -m benchmarks.table)
     <!-- end benchmarks -->
 
-`models` in the place of an operation shows whole models. Without arguments it takes every Markdown file of the
+`models` in the place of an operation shows whole models; `fastattention_operator`, and so on, a part of what
+benchmarks/fastattention.py measures. Without arguments it takes every Markdown file of the
 repository; `--check` changes nothing and exits with 1 if a table is not what the results say.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from benchmarks import rows
 from benchmarks.baselines import BASELINES
-from benchmarks.rows import ModelRow, Row
+from benchmarks.rows import ModelRow, PaperRow, Row, number
 
 _MARKED = re.compile(
     r"(?P<begin><!-- benchmarks: (?P<what>\w+) (?P<device>\w+) -->\n).*?(?P<end><!-- end benchmarks -->)", re.S
@@ -57,6 +58,9 @@ def fill(text: str, results: Path) -> str:
         what, device = match["what"], match["device"]
         if what == "models":
             lines = model_table(rows.read(results / f"{device}_models.csv", ModelRow))
+        elif what.startswith("fastattention_"):
+            measured = rows.read(results / f"{device}_fastattention.csv", PaperRow)
+            lines = paper_table(measured, what.removeprefix("fastattention_"))
         else:
             lines = operation_table([r for r in rows.read(results / f"{device}.csv", Row) if r.op == what])
         return match["begin"] + "\n".join(lines) + "\n" + match["end"]
@@ -65,10 +69,16 @@ def fill(text: str, results: Path) -> str:
 
 
 def operation_table(measured: Sequence[Row]) -> list[str]:
-    """Our implementations, each beside the fastest baseline of its run."""
+    """Our implementations, each beside the baselines that were measured at the same commit."""
+    names = BASELINES.get(measured[0].op, {}) if measured else {}
     header = ["shape", "direction", "dtype", "implementation", "µs", "TFLOP/s", "% of roofline"]
-    header += ["best baseline", "times as fast", "commit"]
-    ours = [row for row in measured if row.implementation not in BASELINES.get(row.op, {})]
+    header += [*(f"vs {name}" for name in names), "best baseline", "times as fast", "commit"]
+    baselines = {(*_call(row), row.implementation): row for row in measured if row.implementation in names}
+
+    def ratio(row: Row, name: str) -> str:
+        baseline = baselines.get((*_call(row), name))
+        return number(float(baseline.median_us) / float(row.median_us), 3) if baseline else ""
+
     cells = [
         [
             f"`{row.shape}`",
@@ -78,13 +88,20 @@ def operation_table(measured: Sequence[Row]) -> list[str]:
             row.median_us,
             row.tflops,
             row.percent_peak,
+            *(ratio(row, name) for name in names),
             row.baseline,
             row.ratio,
             row.commit,
         ]
-        for row in ours
+        for row in measured
+        if row.implementation not in names
     ]
-    return _markdown(header, cells)
+    return markdown(header, cells)
+
+
+def _call(row: Row) -> tuple[str, ...]:
+    """What ours and a baseline must have in common to be compared."""
+    return (row.shape, row.direction, row.dtype, row.commit, row.jax, row.device)
 
 
 def model_table(measured: Sequence[ModelRow]) -> list[str]:
@@ -107,10 +124,38 @@ def model_table(measured: Sequence[ModelRow]) -> list[str]:
         ]
         for row in measured
     ]
-    return _markdown(header, cells)
+    return markdown(header, cells)
 
 
-def _markdown(header: list[str], cells: list[list[str]]) -> list[str]:
+# Of each part of the FastAttention paper's claims: the variants that are compared (the first with the second; a time,
+# where less is better, is turned around), what the quotient is called, and what the paper says of it.
+_CLAIMS = {
+    "exchanges": ("128", "512", "one level : two (512)", ""),
+    "memory": ("S x S, float16", "M-mask, blocks to 1024", "float16 : M-mask", ""),
+    "operator": ("unfused, stored", "ours", "times as fast as stored", "up to 10.7"),
+    "prefill": ("ours", "unfused, stored", "times as fast as stored", "up to 5.16"),
+}
+
+
+def paper_table(measured: Sequence[PaperRow], part: str) -> list[str]:
+    """One part: a row for each case and length, a column for each variant, and the quotient beside the paper's."""
+    if part not in _CLAIMS:
+        raise ValueError(f"no part {part!r} of the FastAttention benchmark; known: {', '.join(_CLAIMS)}")
+    above, below, name, claim = _CLAIMS[part]
+    measured = [row for row in measured if row.part == part]
+    variants = list(dict.fromkeys(row.variant for row in measured))
+    unit = measured[0].unit if measured else ""
+    values = {(row.case, row.length, row.variant): row.value for row in measured}
+    cells = []
+    for case, length in dict.fromkeys((row.case, row.length) for row in measured):
+        found = [values.get((case, length, variant), "") for variant in variants]
+        over, under = (values.get((case, length, variant)) for variant in (above, below))
+        quotient = number(float(over) / float(under)) if over and under else ""
+        cells.append([case, length, *found, quotient, claim])
+    return markdown(["case", "length", *(f"{v} [{unit}]" for v in variants), name, "in the paper"], cells)
+
+
+def markdown(header: list[str], cells: list[list[str]]) -> list[str]:
     """A Markdown table; columns in which nothing is known are left out."""
     keep = [i for i in range(len(header)) if any(row[i] for row in cells)]
     lines = [header, ["---"] * len(header), *cells]

@@ -2,7 +2,11 @@
 """The benchmark driver on the CPU: right answers are timed, wrong ones are not, and rows survive the round trip."""
 
 import dataclasses
+import functools
+import itertools
+import sys
 import time
+import types
 from unittest import mock
 
 import jax
@@ -10,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import baselines, models, operations, plot, rows, run, table, timing
+from benchmarks import baselines, fastattention, live_tiles, models, operations, plot, rows, run, table, timing
+from pallas_kernels import masks
 from pallas_kernels.core import device
 from pallas_kernels.flash_attention.shapes import SHAPES
 
@@ -229,16 +234,20 @@ def test_percent_of_the_roofline(known):
 
 
 def test_tables_are_written_between_markers(tmp_path):
-    rows.append(tmp_path / "h100.csv", [ROW, dataclasses.replace(ROW, implementation="cudnn", baseline="", ratio="")])
-    text = "before\n<!-- benchmarks: flash_attention h100 -->\nold\n<!-- end benchmarks -->\nafter\n"
+    baseline = {"baseline": "", "ratio": ""}
+    cudnn = dataclasses.replace(ROW, implementation="cudnn", median_us="6.25", **baseline)
+    fa3 = dataclasses.replace(ROW, implementation="fa3", median_us="5", **baseline)
+    older = dataclasses.replace(ROW, implementation="tokamax", commit="00000000", **baseline)  # compared with nothing
+    rows.append(tmp_path / "h200.csv", [ROW, cudnn, fa3, older])
+    text = "before\n<!-- benchmarks: flash_attention h200 -->\nold\n<!-- end benchmarks -->\nafter\n"
     filled = table.fill(text, tmp_path)
     assert filled.splitlines() == [
         "before",
-        "<!-- benchmarks: flash_attention h100 -->",
-        "| shape | direction | dtype | implementation | µs | TFLOP/s | % of roofline | best baseline | times as fast "
-        "| commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| `square_128` | forward | bfloat16 | xla | 12.5 | 3.2 | 0.5 | cudnn | 0.5 | abcdef01 |",
+        "<!-- benchmarks: flash_attention h200 -->",
+        "| shape | direction | dtype | implementation | µs | TFLOP/s | % of roofline | vs cudnn | vs fa3 "
+        "| best baseline | times as fast | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| `square_128` | forward | bfloat16 | xla | 12.5 | 3.2 | 0.5 | 0.5 | 0.4 | cudnn | 0.5 | abcdef01 |",
         "<!-- end benchmarks -->",
         "after",
     ]
@@ -250,6 +259,166 @@ def test_plot(tmp_path):
     backward = dataclasses.replace(ROW, direction="forward_backward")
     plot.draw([ROW, baseline, backward], tmp_path / "h100.png")
     assert (tmp_path / "h100.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_documents_have_offsets():
+    arguments = SHAPES["mqa_packed_300"].make(jnp.bfloat16, jax.random.key(0))
+    ids = np.asarray(arguments["mask"].right.query_ids)
+    offsets = baselines.document_offsets(arguments["mask"].right, 2, 300)
+    assert [offsets[0], offsets[-1]] == [0, 600]
+    for begin, end in itertools.pairwise(offsets):
+        assert len({(t // 300, ids[t // 300, t % 300]) for t in range(begin, end)}) == 1
+    assert len(offsets) - 1 == sum(len(np.unique(row)) for row in ids)
+    with pytest.raises(baselines.Unavailable, match="ascending"):
+        baselines.document_offsets(masks.Segments(ids[:, ::-1], ids[:, ::-1]), 2, 300)
+    with pytest.raises(baselines.Unavailable, match="same documents"):
+        baselines.document_offsets(masks.Segments(ids, ids + 1), 2, 300)
+
+
+@pytest.mark.parametrize(
+    ("shape", "flags"),
+    [
+        ("square_128", {}),
+        ("head_dim_72", {"is_causal": True}),
+        ("window_500", {"is_causal": True, "local_window_size": (63, 0)}),
+        ("ragged_113_203", None),  # theirs is aligned top-left
+        ("mqa_packed_300", None),
+        ("prefix_120", None),
+    ],
+)
+def test_flags_say_what_the_mask_says(shape, flags):
+    assert baselines._flags(SHAPES[shape].make(jnp.bfloat16, jax.random.key(0))) == flags
+
+
+@pytest.mark.parametrize(
+    ("shape", "flags", "entry"),
+    [
+        ("square_128", {"is_causal": False, "window_size": (-1, -1)}, "flash_mha"),
+        ("ragged_113_203", {"is_causal": True, "window_size": (-1, -1)}, "flash_mha"),
+        ("window_500", {"is_causal": False, "window_size": (63, 0)}, "flash_mha"),
+        ("mqa_packed_300", {"is_causal": True, "window_size": (-1, -1)}, "flash_mha_varlen"),
+    ],
+)
+def test_flash_attention_3_is_asked_for_the_same(monkeypatch, shape, flags, entry):
+    def takes(name):
+        def attend(query, *others, sinks, **given):
+            called.append((name, given, query.shape))
+            return query
+
+        return attend
+
+    called = []
+    library = types.SimpleNamespace(**{name: takes(name) for name in ("flash_mha", "flash_mha_varlen")})
+    monkeypatch.setitem(sys.modules, "dew_flash_attn", library)
+    arguments = SHAPES[shape].make(jnp.bfloat16, jax.random.key(0))
+    with device.assume(device.H200):
+        [(attend, its_arguments)] = baselines.fa3(arguments, "forward")
+    assert attend(its_arguments).shape == arguments["query"].shape
+    B, T, N, H = arguments["query"].shape
+    assert called == [(entry, flags, (B, T, N, H) if entry == "flash_mha" else (B * T, N, H))]
+
+
+def test_a_dense_mask_is_the_same_mask(monkeypatch):
+    """cuDNN is not here; what is asked of it is given to XLA."""
+    by_xla = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *arrays, implementation, **options: by_xla(*arrays, **options)
+    )
+    arguments = SHAPES["mqa_packed_300"].make(jnp.bfloat16, jax.random.key(0))
+    truth = run.Truth(FLASH_ATTENTION, arguments, "forward", exact=True)
+    with device.assume(device.H200):
+        candidates = baselines.cudnn_masked(arguments, "forward")
+        assert len(candidates) == 2  # the array, and what cuDNN makes of it
+        assert len(baselines.cudnn_masked(arguments, "forward_backward")) == 1
+    for attend, prepared in candidates:
+        call, arrays = operations.directed(attend, prepared, "forward", ())
+        truth.check(jax.jit(call)(*arrays))
+
+
+def test_an_external_candidate_times_itself():
+    arguments = SHAPES["square_128"].make(jnp.float32, jax.random.key(0))
+    truth = run.Truth(FLASH_ATTENTION, arguments, "forward", exact=True)
+    right = baselines.External(
+        lambda: [FLASH_ATTENTION.function(**arguments)], lambda budget: timing.Timing(budget, 0.0, "events")
+    )
+    assert run.time_fastest(FLASH_ATTENTION, [right], "forward", truth, "wall", 0.5).median == 0.5
+    wrong = dataclasses.replace(right, outputs=lambda: [arguments["query"]])
+    with pytest.raises(AssertionError, match="output"):
+        run.time_fastest(FLASH_ATTENTION, [wrong], "forward", truth, "wall", 0.5)
+
+
+def test_shapes_are_named_by_patterns():
+    chosen = run._match(["d128_causal_*", "packed_16k", "nonsense"], SHAPES)
+    assert chosen == ["d128_causal_2k", "d128_causal_8k", "d128_causal_16k", "packed_16k", "nonsense"]
+
+
+def test_packed_documents_are_those_of_the_row():
+    """Every draw fills the row with documents between the bounds, and operations are those of the draw that ran."""
+    shape = dataclasses.replace(SHAPES["packed_16k"], T=2**14, S=2**14, N=1, K=1, H=8)
+    for seed in range(3):
+        mask = shape.make(jnp.bfloat16, jax.random.key(seed))["mask"]
+        lengths = np.bincount(np.asarray(mask.right.query_ids)[0])
+        assert lengths.sum() == 2**14
+        assert lengths[:-1].min(initial=2**14) >= 128
+        assert lengths.max() <= 2**14
+        live = sum(n * (n + 1) / 2 for n in lengths)
+        assert shape.flops("forward", mask) == pytest.approx(4 * 8 * live, rel=1e-6)
+
+
+def test_operations_of_a_ragged_causal_call():
+    ragged = SHAPES["ragged_1023_8191"]
+    live = sum(8191 - 1023 + t + 1 for t in range(1023))
+    assert ragged.flops() == pytest.approx(4 * ragged.B * ragged.N * ragged.H * live, rel=1e-6)
+
+
+def test_time_for_each_live_tile():
+    """Times in proportion to live tiles give 1 in every row."""
+    names = ("d128_full_16k", "d128_causal_16k", "window_1k_16k")
+    counts = {name: live_tiles.count(name) for name in names}
+    assert counts["d128_causal_16k"] == {"empty": 16 * 8128, "mixed": 16 * 128, "full": 16 * 8128}
+    measured = [
+        dataclasses.replace(ROW, shape=name, median_us=str((counts[name]["mixed"] + counts[name]["full"]) / 1000))
+        for name in names
+    ]
+    lines = live_tiles.table(measured)
+    assert len(lines) == 2 + len(names)
+    assert all(line.split(" | ")[-3:] == ["1", "1", "abcdef01 |"] for line in lines[2:])
+    assert len(live_tiles.table(measured[1:])) == 2  # nothing to compare with
+
+
+def test_fastattention(tmp_path, capsys):
+    out = tmp_path / "cpu_fastattention.csv"
+    small = ["--lengths=64", "--heads=2", "--preset=tiny", "--prompts=32", "--dtype=float32", "--budget=0"]
+    assert fastattention.main(["--parts=operator,prefill", *small, f"--out={out}"]) == 0
+    assert "up to 5.16" in capsys.readouterr().out
+    measured = rows.read(out, rows.PaperRow)
+    assert [(row.part, row.variant) for row in measured] == [
+        (part, variant) for part in ("operator", "prefill") for variant in ("ours", "unfused", "unfused, stored")
+    ]
+    text = "<!-- benchmarks: fastattention_operator cpu -->\n<!-- end benchmarks -->"
+    assert "times as fast as stored" in table.fill(text, tmp_path)
+
+
+def test_two_levels_exchange_less():
+    found = {(row.case, row.variant): float(row.value) for row in fastattention.exchanges([2048])}
+    assert [found["full", width] for width in ("128", "256", "512", "1024")] == [48, 24, 12, 6]
+    assert found["causal", "128"] == 3 * (16 + 1) / 2  # row i of 16 has i live blocks
+    assert found["causal", "512"] == 3 * (4 + 1) / 2
+
+
+def test_the_mask_of_all_tiles_does_not_grow():
+    sizes = {(row.variant, row.length): float(row.value) for row in fastattention.memory([1024, 2**18])}
+    assert sizes["M-mask, blocks to 1024", "1024"] == sizes["M-mask, blocks to 1024", str(2**18)] == 4
+    assert sizes["S x S, 1 byte", str(2**18)] == pytest.approx(2**16, rel=1e-3)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_unfused_attention_is_attention(stored):
+    arguments = dataclasses.replace(SHAPES["head_dim_72"], K=1).make(jnp.float32, jax.random.key(0))
+    out = jax.jit(functools.partial(fastattention.unfused, stored=stored))(**arguments)
+    np.testing.assert_allclose(out, FLASH_ATTENTION.specification(arguments), atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError, match="takes no bias"):
+        fastattention.unfused(**arguments, bias=None)
 
 
 def test_models(tmp_path, monkeypatch):
