@@ -6,6 +6,7 @@ itself, because only the subprocess that compiles pays for it, and because an im
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 from tests.aot.targets import AMPERE, HOPPER, TPUS, Compiling
@@ -62,10 +63,115 @@ def _smoke_tpu(compiling: Compiling):
     return jax.jit(mosaic_tpu.matmul), (x, x)
 
 
+def _flash_attention(implementation: str, shape: str, direction: str, dtype: str, compiling: Compiling):
+    """A named shape, its mask's arrays and other options among the arguments; "backward" is all that `grad` runs."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import flash_attention
+    from pallas_kernels.core.arrays import is_array
+    from pallas_kernels.flash_attention.shapes import SHAPES, Shape, causal
+
+    shapes = SHAPES | {"causal_256k": Shape(1, 2**18, 2**18, 1, 1, 128, extras=causal)}
+    leaves, tree = jax.tree.flatten(shapes[shape].abstract(dtype))
+    has_shape = [is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
+    arguments = [compiling.array(x.shape, x.dtype) for x, yes in zip(leaves, has_shape, strict=True) if yes]
+
+    def forward(*arrays):
+        given = iter(arrays)
+        filled = [next(given) if yes else leaf for leaf, yes in zip(leaves, has_shape, strict=True)]
+        return flash_attention(**tree.unflatten(filled), return_lse=True, implementation=implementation)
+
+    def backward(*arrays):
+        def loss(floats):
+            given = iter(floats)
+            out, lse = forward(*[next(given) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in arrays])
+            return jnp.sum(out.astype(jnp.float32) ** 2) + jnp.sum(lse)
+
+        return jax.grad(loss)([x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)])
+
+    return jax.jit(forward if direction == "forward" else backward), tuple(arguments)
+
+
+# What takes another path through the TPU kernels: the M-mask, grouped heads and half a register of H, a schedule made
+# on the device with values along rows and columns, bias and sink, dense tiles, one query row, no masking code.
+_TPU_SHAPES = {
+    "d128_causal_2k": "bfloat16",
+    "llama_1b_train_2k": "bfloat16",
+    "packed_16k": "bfloat16",
+    "window_1k_16k": "bfloat16",
+    "everything_90_150": "bfloat16",
+    "full_bias_60_75": "float32",
+    "per_head_dense_77_91": "float32",
+    "decode_1_8191": "bfloat16",
+    "head_dims_192_128": "float32",
+    "d64_full_2k": "bfloat16",
+    "causal_256k": "bfloat16",
+}
+
+
+def _flash_attention_sm80(direction: str, tiles: dict, sizes: tuple[int, ...], mask: str, compiling: Compiling):
+    """sm80.py itself, on its own target and on Hopper, where dispatch would take sm90.py. Sizes are T, S, N, K, H."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import masks
+    from pallas_kernels.flash_attention.config import Sm80Config
+    from pallas_kernels.flash_attention.mosaic_gpu import sm80
+
+    T, S, N, K, H = sizes
+    options = {"scale": H**-0.5, "soft_cap": None, "config": Sm80Config(**tiles)}
+    query, key = (compiling.array((2, rows, heads, H), jnp.bfloat16) for rows, heads in ((T, N), (S, K)))
+    lse = compiling.array((2, N, T), jnp.float32)
+    ids = compiling.array((2, T), jnp.int32)
+
+    def make(ids):
+        return {"none": None, "causal": masks.Causal(), "packed": masks.Causal() & masks.Segments(ids, ids)}[mask]
+
+    def forward(query, key, value, ids):
+        return sm80.forward(query, key, value, None, None, make(ids), **options)
+
+    def backward(query, key, value, ids, out, lse, dout, dlse):
+        return sm80.backward(query, key, value, None, None, make(ids), out, lse, dout, dlse, **options)
+
+    if direction == "forward":
+        return jax.jit(forward), (query, key, key, ids)
+    return jax.jit(backward), (query, key, key, ids, query, lse, query, lse)
+
+
+# name -> direction, tiles of Sm80Config, (T, S, N, K, H), mask
+_SM80 = {
+    "forward_d64": ("forward", {}, (1024, 1024, 8, 8, 64), "none"),
+    "forward_d128_causal_gqa": ("forward", {"block_k": 32}, (1024, 1024, 8, 2, 128), "causal"),
+    "forward_d128_ragged": ("forward", {"block_q": 64, "block_k": 32}, (1000, 1011, 8, 8, 128), "causal"),
+    "forward_packed": ("forward", {"block_q": 64}, (1024, 1024, 8, 8, 64), "packed"),
+    "forward_d256": ("forward", {"block_q": 64, "block_k": 32}, (1024, 1024, 4, 4, 256), "causal"),
+    "backward_d128_causal_gqa": (
+        "backward",
+        {"dkv_block_q": 32, "dkv_stages": 1, "dq_block_k": 32},
+        (1024, 1024, 8, 2, 128),
+        "causal",
+    ),
+    "backward_packed": ("backward", {"dkv_block_q": 32, "dq_block_k": 32}, (1000, 1000, 8, 8, 64), "packed"),
+}
+
 CASES: tuple[Case, ...] = (
     Case("smoke/mosaic_gpu_sm90", HOPPER, _smoke_hopper, hot=True),
     Case("smoke/mosaic_gpu_sm80", AMPERE, _smoke_ampere, hot=True),
     Case("smoke/mosaic_tpu", TPUS, _smoke_tpu),
+    *(
+        Case(f"flash_attention/sm80/{name}", AMPERE + HOPPER, functools.partial(_flash_attention_sm80, *case), hot=True)
+        for name, case in _SM80.items()
+    ),
+    *(
+        Case(
+            f"flash_attention/mosaic_tpu/{shape}_{direction}",
+            TPUS,
+            functools.partial(_flash_attention, "mosaic_tpu", shape, direction, dtype),
+        )
+        for shape, dtype in _TPU_SHAPES.items()
+        for direction in ("forward", "backward")
+    ),
 )
 
 
