@@ -45,14 +45,14 @@ class MosaicTpuConfig:
       block_rows: rows that the vector unit takes at a time, a multiple of 32 that divides block_q.
       mask: how mixed tiles of a plain causal mask hide logits: "window" looks the tile up in one constant M-mask
         whose sides are twice the larger block edge (FastAttention, section 4.2), "iota" compares row and column
-        numbers. Every other mask compares, whatever this says.
+        numbers, which costs no memory and less code. Every other mask compares, whatever this says.
     """
 
     block_q: int
     block_k_major: int
     block_k: int
     block_rows: int
-    mask: Literal["window", "iota"] = "window"
+    mask: Literal["window", "iota"] = "iota"
 
     def __post_init__(self):
         def ask(name: str, holds: bool, rule: str) -> None:
@@ -155,23 +155,26 @@ VMEM_BYTES = 2**25
 _ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 
 
-def mosaic_tpu_block(call: Call, block_q: int, block_k_major: int, mask: Literal["window", "iota"]) -> MosaicTpuConfig:
-    """A first-level block cut the usual way: products of 128 columns, slices of 32 registers for the vector unit."""
+def mosaic_tpu_block(
+    block_q: int, block_k_major: int, block_k: int = 128, mask: Literal["window", "iota"] = "iota"
+) -> MosaicTpuConfig:
+    """A first-level block whose slices for the vector unit are 32 registers of logits, half of what there is."""
     rows = max(32, min(block_q, _power_of_two_below(2**15 // block_k_major)))
-    return MosaicTpuConfig(block_q, block_k_major, 128, rows, mask)
+    return MosaicTpuConfig(block_q, block_k_major, block_k, rows, mask)
 
 
 def _mosaic_tpu(call: Call) -> MosaicTpuConfig:
     """The widest first-level block that fits: each doubling halves the softmax updates of a row of tiles."""
-    space = sorted(_mosaic_tpu_space(call), key=lambda c: (c.block_k_major, -abs(c.block_q - 256)), reverse=True)
-    return space[0] if space else mosaic_tpu_block(call, 128, 128, "iota")
+    fitting = [config for config in _mosaic_tpu_space(call) if config.mask == "iota"]
+    best = max(fitting, key=lambda c: (c.block_k_major, -abs(c.block_q - 256)), default=None)
+    return best or mosaic_tpu_block(128, 128)
 
 
 def _mosaic_tpu_space(call: Call) -> Iterator[MosaicTpuConfig]:
     for block_q in (128, 256, 512):
         for block_k_major in (128, 256, 512, 1024):
-            for mask in ("window", "iota") if call.option("mask") == "Causal" else ("iota",):
-                config = mosaic_tpu_block(call, block_q, block_k_major, mask)
+            for mask in ("iota", "window") if call.option("mask") == "Causal" else ("iota",):
+                config = mosaic_tpu_block(block_q, block_k_major, mask=mask)
                 if config.vmem_bytes(call) <= VMEM_BYTES // 2:
                     yield config
 
