@@ -34,6 +34,7 @@ class Suite:
     shapes: ClassVar[Mapping[str, Any]]
     implementations: ClassVar[Sequence[str]]
     probe: ClassVar[str]  # the shape on which transformations are tried
+    probe_dtypes: ClassVar[Mapping[str, str]] = {}  # and the dtype, for implementations that do not take float32
 
     def call(self, arguments: dict[str, Any], implementation: str) -> Any:
         """All outputs of the op, a pytree."""
@@ -78,7 +79,13 @@ class Suite:
 
     def arguments(self, shape: str, dtype: str, implementation: str, seed: int = 0) -> dict[str, Any]:
         """Random arguments; skips the test, with the refusal as its reason, where the call is refused."""
-        arguments = self.shapes[shape].make(dtype, jax.random.key(seed))
+        return self.accepted(self.shapes[shape].make(dtype, jax.random.key(seed)), implementation)
+
+    def probe_arguments(self, implementation: str, seed: int = 0) -> dict[str, Any]:
+        return self.arguments(self.probe, self.probe_dtypes.get(implementation, "float32"), implementation, seed)
+
+    def accepted(self, arguments: dict[str, Any], implementation: str) -> dict[str, Any]:
+        """The same arguments; skips the test, with the refusal as its reason, where the call is refused."""
         try:
             jax.eval_shape(lambda: self.call(arguments, implementation))
         except UnsupportedError as refusal:
@@ -95,7 +102,7 @@ class Suite:
         self.assert_agrees(call, arrays_of(arguments), arguments)
 
     def test_eager(self, implementation):
-        arguments = self.arguments(self.probe, "float32", implementation)
+        arguments = self.probe_arguments(implementation)
         self.assert_agrees(lambda a: self.call(a, implementation), arguments, jit=False)
 
     def test_repeats_bit_for_bit(self, implementation):
@@ -108,13 +115,14 @@ class Suite:
         jax.tree.map(np.testing.assert_array_equal, first, second)
 
     def test_vmap_and_grad_of_vmap(self, implementation):
-        pair = [self.arguments(self.probe, "float32", implementation, seed) for seed in (1, 2)]
+        pair = [self.probe_arguments(implementation, seed) for seed in (1, 2)]
         stacked = [jnp.stack(arrays) for arrays in zip(*map(arrays_of, pair), strict=True)]
         call = jax.jit(jax.vmap(self.of_arrays(pair[0], implementation)))
         self.assert_agrees(call, stacked, pair[0], transform=jax.vmap)
 
     def test_shard_map(self, implementation):
         arguments, specs, out_specs = self.sharded()
+        self.accepted(arguments, implementation)
         if jax.device_count() < 8:
             pytest.skip(f"a mesh of 4 x 2 needs 8 devices, here are {jax.device_count()}")
         mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -124,7 +132,7 @@ class Suite:
         self.assert_agrees(jax.jit(sharded), arrays_of(arguments), arguments)
 
     def test_each_argument_changes_the_output_or_is_refused(self, implementation):
-        arguments = self.arguments(self.probe, "float32", implementation)
+        arguments = self.probe_arguments(implementation)
         changes = self.changes(arguments)
         assert set(changes) == set(inspect.signature(self.function).parameters) - PLUMBING
         before = jax.tree.leaves(self.call(arguments, implementation))

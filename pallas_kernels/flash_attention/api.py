@@ -243,27 +243,31 @@ class _Plan:
     backward_config: Any
 
 
+def _kinds(choice: Choice) -> tuple[type, ...]:
+    return config_lib.kinds(choice.call, choice.device, choice.implementation)
+
+
 def _check_config(choice: Choice, config: Any) -> None:
     """A config is for one implementation; given with another it would be ignored, so it is refused."""
-    kind = config_lib.CONFIGS.get(choice.name)
-    if config is None or (kind is not None and isinstance(config, kind)):
+    kinds = _kinds(choice)
+    if config is None or isinstance(config, kinds):
         return
-    known = tuple(config_lib.CONFIGS.values())
-    if not isinstance(config, known):
-        names = ", ".join(c.__name__ for c in known)
+    if not isinstance(config, config_lib.KINDS):
+        names = ", ".join(c.__name__ for c in config_lib.KINDS)
         raise TypeError(f"{OP}: config must be one of {names}, got {type(config).__name__}.")
+    takes = " or ".join(f"a {kind.__name__}" for kind in kinds) or "no config"
     raise ValueError(
-        f'{OP}: implementation "{choice.name}" runs, which takes {f"a {kind.__name__}" if kind else "no config"}, but '
-        f"config is a {type(config).__name__}; name the implementation that the config is for."
+        f'{OP}: implementation "{choice.name}" runs, which takes {takes}, but config is a {type(config).__name__}; '
+        "name the implementation that the config is for."
     )
 
 
 def _config(choice: Choice, given: Any) -> Any:
     """The given config if it is this implementation's, else what the tuning tables or the heuristic say."""
-    kind = config_lib.CONFIGS.get(choice.implementation or "")
-    if kind is None:
+    kinds = _kinds(choice)
+    if not kinds:
         return None
-    return tuning.resolve(choice, kind, config_lib.heuristic, given if isinstance(given, kind) else None)
+    return tuning.resolve(choice, kinds[0], config_lib.heuristic, given if isinstance(given, kinds) else None)
 
 
 def _run_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flash_attention on NVIDIA GPUs: sm90.py for Hopper, sm80.py for Ampere and Ada.
+
+The type of the config decides which one runs; without one, the device. sm80.py runs on Hopper too if it is asked for,
+and is its backward pass.
+"""
+
+from pallas_kernels.core import device as device_lib
+from pallas_kernels.core.device import Device
+from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.flash_attention.config import Sm80Config, Sm90Config
+from pallas_kernels.flash_attention.mosaic_gpu import sm80
+
+backward = sm80.backward
+
+
+def supports(call: Call, device: Device) -> Refusal | None:
+    return sm80.supports(call, device)
+
+
+def forward(*arguments, config: Sm80Config | Sm90Config, **options):
+    """As `xla.forward`."""
+    if isinstance(config, Sm80Config):
+        return sm80.forward(*arguments, config=config, **options)
+    from pallas_kernels.flash_attention.mosaic_gpu import sm90
+
+    return sm90.forward(*arguments, config=config, num_sms=device_lib.current().num_cores or 132, **options)

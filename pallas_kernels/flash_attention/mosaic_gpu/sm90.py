@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flash_attention for Hopper: wgmma products, TMA copies, one persistent kernel of specialized warpgroups.
+
+    producer    copies:   Q      K0 V0   K1 V1   K2 V2 ...            runs ahead through a ring of `stages` slots
+    consumer 0  products: QK0 |        QK1 PV0 |         QK2 PV1 |
+                softmax:       softmax0         softmax1          ...
+    consumer 1  products:       QK0 |        QK1 PV0 |         ...    the consumers take turns: ping-pong
+                softmax:             softmax0         softmax1
+
+A consumer is a warpgroup of 128 threads and owns R = 64 query rows. The product QK of tile n is issued before PV of
+tile n - 1, and consumers issue their products in turns, so that the softmax of one runs under the products of the
+others. Tiles come in the order of `tiles.schedule`: mixed ones in a loop that masks, full ones in a loop that has no
+masking code, empty ones never. Rows of tiles are dealt to multiprocessors by `work.plan`.
+
+The backward pass is that of sm80.py, whose instructions Hopper has too.
+
+Source: Shah et al., "FlashAttention-3", 2024, sections 3.1 and 3.2.
+"""
+
+import functools
+import inspect
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core.device import Device
+from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.flash_attention.config import Sm90Config
+from pallas_kernels.flash_attention.mosaic_gpu import ptx, sm80
+from pallas_kernels.flash_attention.mosaic_gpu import work as work_lib
+from pallas_kernels.masks import Mask
+
+R = 64  # rows of a wgmma, and so of a consumer
+TILE, ROWS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+LN2 = math.log(2)
+# Hardware barriers 0 to 4 belong to Mosaic: the block's, and one for each warpgroup.
+TURN = 8
+# Registers of a thread: setmaxnreg moves what the producer does not need to the consumers. 64 K in all.
+REGISTERS = {2: (40, 232), 3: (32, 160)}
+# Keys and values worked on at a time: most of one of the two halves of the L2 cache.
+L2_BYTES = 2**24
+# A row's maximum is raised only when it grows by more than this factor, as a power of 2: probabilities then reach
+# 2^8, which float32 sums and 16-bit operands hold as precisely as 1.
+LAZY = 8.0
+
+
+def supports(call: Call, device: Device) -> Refusal | None:
+    if device.platform != "gpu" or device.arch != "sm90":
+        return Refusal(f"it is for NVIDIA Hopper GPUs, and this is {device}")
+    return sm80.supports(call, device)
+
+
+class _Plane(sm80._Plane):
+    """Logits as wgmma leaves them in registers."""
+
+    @property
+    def acc(self) -> Any:
+        return TILE
+
+
+class _Shared(NamedTuple):
+    """Shared memory and barriers of a block. A slot is `full` when its copy has come, `free` when all have read it."""
+
+    q: Any  # [consumers * R, H]
+    k: Any  # [stages, block_k, H]
+    v: Any  # [stages, block_k, Hv]
+    out: Any  # [consumers, R, Hv], or a stand-in where outputs leave from q
+    lse: Any  # [consumers, R]
+    q_full: Any
+    q_free: Any
+    k_full: Any
+    k_free: Any
+    v_full: Any
+    v_free: Any
+
+
+def forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    sink: jax.Array | None,
+    mask: Mask | None,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    config: Sm90Config,
+    num_sms: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, T, N, Hv] in the input dtype and LSE [B, N, T] in float32."""
+    B, T, N, _ = query.shape
+    consumers, stages, block_k = config.consumers, config.stages, config.block_k
+    block_q = R * consumers
+    plane, schedule, ops = sm80._prepare(query, key, value, bias, sink, mask, scale, soft_cap, block_q, block_k)
+    plane = _Plane(*(getattr(plane, field) for field in plane.__dataclass_fields__))
+    reuse_q = config.reuse_q
+    if reuse_q and plane.H != plane.Hv:
+        raise ValueError(f"Sm90Config.reuse_q needs equal head dims, got H={plane.H} and Hv={plane.Hv}.")
+    bytes_of_plane = 2 * plane.S * (plane.H + plane.Hv) * plane.K // N  # heads of a group share keys and values
+    work = work_lib.plan(schedule, B, N, num_sms, L2_BYTES // bytes_of_plane)
+    rounds, rows = work.items.shape[0], schedule.live.shape[-1]
+    # What is known while tracing decides which loops are compiled at all.
+    known = isinstance(schedule.live, np.ndarray)
+    masks = not known or bool((schedule.mixed > 0).any() or (schedule.live == 0).any())
+    some_full = not known or bool((schedule.live > schedule.mixed).any())
+    guard = masks or bias is not None  # whether a row may see nothing but -inf
+    leaves, tree = jax.tree.flatten((ops, work))
+    H, Hv, unit = plane.H, plane.Hv, plane.unit
+
+    def flash_attention_sm90(*refs):
+        ops, work = tree.unflatten(refs[: len(leaves)])
+        out_gmem, lse_gmem, *scratch = refs[len(leaves) :]
+        shared = _Shared(*scratch)
+        sm, me = lax.axis_index("sm"), lax.axis_index("warpgroup")
+
+        def entry(ref, b, n, *rest):
+            return ref[(sm80._index(b, ref.shape[0]), sm80._index(n, ref.shape[1]), *rest)]
+
+        def item_of(number):
+            """Batch element, head, row of tiles, and that row's six numbers."""
+            number = jnp.maximum(number, 0)
+            b, n, row = number // (N * rows), number // rows % N, number % rows
+            return b, n, row, tuple(entry(work.rows, b, n, row, field) for field in range(6))
+
+        def for_each_item(do, step):
+            """step = do(item, step) for this multiprocessor's items. The next one is read while this one is worked
+            on: two reads that depend on each other take a microsecond."""
+
+            def one(r, carry):
+                number, item, step = carry
+                following = work.items[jnp.minimum(r + 1, rounds - 1), sm]
+                following_item = item_of(following)
+                step = lax.cond(number >= 0, lambda: do(item, step), lambda: step)
+                return following, following_item, step
+
+            first = work.items[0, sm]
+            lax.fori_loop(0, rounds, one, (first, item_of(first), step))
+
+        def column(item, n):
+            """Tile column of step n of an item."""
+            b, head, row, (_, _, *runs) = item
+            return schedule.column(n, runs, lambda n: entry(work.order, b, head, row, n))
+
+        def pass_turn():
+            ptx.named_barrier_arrive(TURN + lax.rem(me + 1, consumers), 256)
+
+        def wait_turn():
+            ptx.named_barrier_wait(TURN + me, 256)
+
+        @pl.when(me == consumers)
+        def producer():
+            plgpu.set_max_registers(REGISTERS[consumers][0], action="decrease")
+
+            def do(item, step):
+                b, n, row, (live, *_) = item
+                group = n // (N // plane.K)
+                plgpu.barrier_wait(shared.q_free)
+                queries = ops.query.at[b, pl.ds(row * block_q, block_q), pl.ds(n * H, H)]
+                plgpu.copy_gmem_to_smem(queries, shared.q, shared.q_full)
+
+                def load(i, step):
+                    slot, keys = lax.rem(step, stages), pl.ds(column(item, i) * block_k, block_k)
+                    plgpu.barrier_wait(shared.k_free.at[slot])
+                    k = ops.key.at[b, keys, pl.ds(group * H, H)]
+                    plgpu.copy_gmem_to_smem(k, shared.k.at[slot], shared.k_full.at[slot])
+                    plgpu.barrier_wait(shared.v_free.at[slot])
+                    v = ops.value.at[b, keys, pl.ds(group * Hv, Hv)]
+                    plgpu.copy_gmem_to_smem(v, shared.v.at[slot], shared.v_full.at[slot])
+                    return step + 1
+
+                return lax.fori_loop(0, live, load, step)
+
+            for_each_item(do, jnp.int32(0))
+
+        @pl.when(me < consumers)
+        def consumer():
+            plgpu.set_max_registers(REGISTERS[consumers][1], action="increase")
+            # Everything is free at first, and the turn is the first consumer's.
+            plgpu.barrier_arrive(shared.q_free)
+            for slot in range(stages):
+                plgpu.barrier_arrive(shared.k_free.at[slot])
+                plgpu.barrier_arrive(shared.v_free.at[slot])
+            pl.when(me == consumers - 1)(pass_turn)
+            q = shared.q.at[pl.ds(me * R, R)]
+            out_smem = q if reuse_q else shared.out.at[me]
+
+            def softmax(x, m, l, item, i, masked, first=False):
+                """Online softmax of products x [R, C]: probabilities, maximum and sum of each row, and by what to
+                multiply earlier sums. m is in base 2. l is kept in 8 columns, summed up at the end."""
+                b, n, row, _ = item
+                if masked or not plane.plain:
+                    at = sm80._At(b, n, row * block_q + me * R, column(item, i) * block_k)
+                    x, _ = plane.logits(x, ops, at, masked)
+                m_tile = jnp.max(x, axis=1) * unit
+                if config.lazy_rescale and not first:
+                    raised = ptx.warp_any_positive(m_tile - m - LAZY)
+                    m_new = lax.cond(raised != 0, lambda: jnp.maximum(m, m_tile), lambda: m)
+                else:
+                    raised, m_new = None, jnp.maximum(m, m_tile)
+                # While a row has seen no visible key its maximum is -inf; 0 in its place keeps exp(-inf - m) = 0.
+                shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if guard else m_new
+                alpha = jnp.exp2(m - shift)
+                p = jnp.exp2(x * unit - _along_rows(shift, x.shape))
+                l = l * _along_rows(alpha, (R, 8)) + functools.reduce(
+                    jnp.add, [p[:, c : c + 8] for c in range(0, block_k, 8)]
+                )
+                return p, m_new, l, alpha, raised
+
+            def do(item, step):
+                b, n, row, (live, mixed, *_) = item
+                m = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), ROWS)
+                l = plgpu.layout_cast(jnp.zeros((R, 8), jnp.float32), TILE)
+                o = plgpu.layout_cast(jnp.zeros((R, Hv), jnp.float32), TILE)
+                x_zero = plgpu.layout_cast(jnp.zeros((R, block_k), jnp.float32), TILE)
+                slot = lax.rem(step, stages)
+                plgpu.barrier_wait(shared.q_full)
+                plgpu.barrier_wait(shared.k_full.at[slot])
+                wait_turn()
+
+                def first_scores(s):
+                    plgpu.wgmma(s, q, shared.k.at[slot].transpose((1, 0)))
+                    pass_turn()
+                    return s[...]
+
+                x = pl.run_scoped(first_scores, plgpu.ACC((R, block_k), jnp.float32))
+                plgpu.barrier_arrive(shared.k_free.at[slot])
+                p, m, l, _, _ = softmax(x, m, l, item, 0, masks, first=True)
+                p = p.astype(query.dtype)
+
+                def tile(masked, i, carry):
+                    o, m, l, p = carry
+                    slot, previous = lax.rem(step + i, stages), lax.rem(step + i - 1, stages)
+                    plgpu.barrier_wait(shared.k_full.at[slot])
+                    wait_turn()
+
+                    def products(refs):
+                        o_ref, m_ref, l_ref, p_ref, alpha_ref, raised_ref = refs
+
+                        def scores(s):
+                            # S = Q K^T of this tile, and behind it O += P V of the one before.
+                            plgpu.wgmma(s, q, shared.k.at[slot].transpose((1, 0)))
+                            plgpu.barrier_wait(shared.v_full.at[previous])
+                            plgpu.wgmma(o_ref, p, shared.v.at[previous])
+                            pass_turn()
+                            return plgpu.wgmma_accumulator_load(s, wait_n=1)  # S is there, P V goes on
+
+                        x = pl.run_scoped(scores, plgpu.ACC((R, block_k), jnp.float32))
+                        plgpu.barrier_arrive(shared.k_free.at[slot])
+                        p_ref[...], m_ref[...], l_ref[...], alpha_ref[...], raised = softmax(x, m, l, item, i, masked)
+                        if raised is not None:
+                            raised_ref[...] = raised
+
+                    # Probabilities are rounded once P V is done: it reads the registers of the ones before until then.
+                    state = (plgpu.ACC.init(o), m, l, x_zero, m, lax.rem(i, 2))
+                    o, m, l, p, alpha, raised = pl.run_state(products)(state)
+                    plgpu.barrier_arrive(shared.v_free.at[previous])
+                    if config.lazy_rescale:
+                        o = lax.cond(raised != 0, lambda: o * _along_rows(alpha, o.shape), lambda: o)
+                    else:
+                        o = o * _along_rows(alpha, o.shape)
+                    return o, m, l, p.astype(query.dtype)
+
+                carry = (o, m, l, p)
+                if masks:
+                    carry = lax.fori_loop(1, mixed, functools.partial(tile, True), carry)
+                if some_full:
+                    start = jnp.maximum(mixed, 1) if masks else 1
+                    carry = lax.fori_loop(start, live, functools.partial(tile, False), carry)
+                o, m, l, p = carry
+                if not reuse_q:
+                    plgpu.barrier_arrive(shared.q_free)
+                slot = lax.rem(step + live - 1, stages)
+                plgpu.barrier_wait(shared.v_full.at[slot])
+                wait_turn()
+
+                def last_product(o_ref):
+                    plgpu.wgmma(o_ref, p, shared.v.at[slot])
+                    pass_turn()
+
+                o = pl.run_state(last_product)(plgpu.ACC.init(o))
+                plgpu.barrier_arrive(shared.v_free.at[slot])
+                l = jnp.sum(l, axis=1)
+                if ops.sink is not None:
+                    # The sink is one more logit without a value.
+                    sink = ops.sink[n].astype(jnp.float32) * sm80._LOG2E
+                    m_new = jnp.maximum(m, sink)
+                    shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+                    alpha = jnp.exp2(m - shift)
+                    l, m, o = l * alpha + jnp.exp2(sink - shift), m_new, o * _along_rows(alpha, o.shape)
+                empty = l == 0
+                l = jnp.where(empty, 1.0, l)
+                # The stores of the item before have to have left shared memory.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out_smem[...] = (o * _along_rows(1 / l, o.shape)).astype(query.dtype)
+                shared.lse[me] = jnp.where(empty, -jnp.inf, m * LN2 + jnp.log(l))
+                plgpu.commit_smem()
+                r = pl.ds(row * block_q + me * R, R)
+                plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[b, r, pl.ds(n * Hv, Hv)])
+                plgpu.copy_smem_to_gmem(shared.lse.at[me], lse_gmem.at[b, n, r])
+                if reuse_q:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    plgpu.barrier_arrive(shared.q_free)
+                return step + live
+
+            for_each_item(do, jnp.int32(0))
+            # Takes the turn that is left over: a hardware barrier must not end a kernel half full.
+            pl.when(me == 0)(wait_turn)
+            plgpu.wait_smem_to_gmem(0)
+
+    memory = functools.partial(sm80._tile_memory, dtype=query.dtype)
+    scratch = _Shared(
+        q=memory(block_q, H),
+        k=memory(stages, block_k, H),
+        v=memory(stages, block_k, Hv),
+        out=plgpu.SMEM((8,), jnp.int32) if reuse_q else memory(consumers, R, Hv),
+        lse=plgpu.SMEM((consumers, R), jnp.float32),
+        q_full=plgpu.Barrier(),
+        q_free=plgpu.Barrier(num_arrivals=consumers),
+        k_full=plgpu.Barrier(num_barriers=stages),
+        k_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        v_full=plgpu.Barrier(num_barriers=stages),
+        v_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+    )
+    new = "cost_estimate" in inspect.signature(plgpu.kernel).parameters  # jax 0.12
+    extra: dict[str, Any] = {"cost_estimate": sm80._cost(plane, products=2)} if new else {}
+    out, lse = plgpu.kernel(
+        flash_attention_sm90,
+        out_type=(
+            jax.ShapeDtypeStruct((B, ops.query.shape[1], N * Hv), query.dtype),
+            jax.ShapeDtypeStruct((B, N, rows * block_q), jnp.float32),
+        ),
+        scratch_types=list(scratch),
+        grid=(num_sms,),
+        grid_names=("sm",),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        # No thread reads what it wrote to shared memory; the barriers above order all that is exchanged.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        **extra,
+    )(*leaves)
+    return out.reshape(B, -1, N, Hv)[:, :T, :, : value.shape[3]], lse[:, :, :T]
+
+
+def _along_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return lax.broadcast_in_dim(x, shape, [0])
