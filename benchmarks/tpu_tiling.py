@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 # Read when jax is imported: libtpu must look neither for a TPU nor for its metadata server.
@@ -156,8 +157,8 @@ def on_chip_bytes(
     parameters, limit = pltpu.CompilerParams, 2**16
     while True:
 
-        def limited(limit=limit, **fields):
-            return parameters(**fields | {"vmem_limit_bytes": limit})
+        def limited(limit: int = limit, **fields: Any):
+            return parameters(**{**fields, "vmem_limit_bytes": limit})
 
         with mock.patch.object(pltpu, "CompilerParams", limited):
             lowered = _lower(compiling, direction, length, mask, config)

@@ -32,7 +32,7 @@ from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.flash_attention import tiles
-from pallas_kernels.flash_attention.config import VMEM_BYTES, MosaicTpuConfig, heuristic
+from pallas_kernels.flash_attention.config import VMEM_BYTES, MosaicTpuConfig, mosaic_tpu_heuristic
 from pallas_kernels.flash_attention.xla import Gradients
 from pallas_kernels.masks import Causal, Mask
 from pallas_kernels.masks.lowered import Lowered, lower
@@ -50,7 +50,7 @@ def supports(call: Call, device: Device) -> Refusal | None:
     dtype = call.arguments[0].dtype
     if dtype not in ("float32", "bfloat16"):
         return Refusal(f"TPUs compute in float32 and bfloat16, not in {dtype}")
-    needed = heuristic(call, device, "mosaic_tpu").vmem_bytes(call)
+    needed = mosaic_tpu_heuristic(call).vmem_bytes(call)
     if needed > VMEM_BYTES:
         H, Hv = call.sizes["H"], call.sizes["Hv"]
         mib = f"{needed / 2**20:.0f} MiB of on-chip memory, and it plans with {VMEM_BYTES // 2**20}"
@@ -250,7 +250,7 @@ def _prepare(query, key, value, bias, mask, scale, soft_cap, config) -> tuple[_P
         key=_pad(jnp.swapaxes(key, 1, 2), 2, plane.S_padded),
         value=_pad(jnp.swapaxes(value, 1, 2), 2, plane.S_padded),
     )
-    if plane.bias_shape is not None:
+    if bias is not None and plane.bias_shape is not None:
         # A row of bfloat16 fills half a register row; float32 loads without repacking.
         keep = bias.dtype == jnp.bfloat16 and plane.bias_shape[2] != 1
         bias = bias if keep else bias.astype(jnp.float32)
