@@ -83,6 +83,31 @@ class MosaicTpuConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sm90Config:
+    """Tiles of the forward pass of the `mosaic_gpu` implementation for Hopper.
+
+    Attributes:
+      consumers: warpgroups that compute, of 64 query rows each.
+      block_k: key columns of a tile.
+      stages: how many tiles of keys, and of values, shared memory holds.
+      lazy_rescale: raise a row's maximum, and rescale what was summed up, only when the maximum has grown by 2^8.
+      reuse_q: outputs leave from the shared memory of the queries, which saves its size and costs some overlap.
+    """
+
+    consumers: int = 2
+    block_k: int = 128
+    stages: int = 2
+    lazy_rescale: bool = False
+    reuse_q: bool = False
+
+    def __post_init__(self):
+        rules = {"consumers": (2, 3), "block_k": (64, 128, 192, 256), "stages": (1, 2, 3, 4)}
+        for name, allowed in rules.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"Sm90Config.{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Sm80Config:
     """Tiles of the `mosaic_gpu` implementation for Ampere and Ada (it runs on Hopper too, if given this).
 
@@ -106,21 +131,40 @@ class Sm80Config:
     dq_stages: int = 2
 
     def __post_init__(self):
-        rows, cols = (64, 128), (32, 64, 128)
-        rules = {"block_q": rows, "dkv_block_k": rows, "dq_block_q": rows, "dkv_block_q": rows}
-        rules |= {"block_k": cols, "dq_block_k": cols} | {f"{of}stages": (1, 2, 3, 4) for of in ("", "dkv_", "dq_")}
+        rows, cols, stages = (64, 128), (32, 64, 128), (1, 2, 3, 4)
+        rules = {"block_q": rows, "block_k": cols, "stages": stages}
+        rules |= {"dkv_block_q": cols, "dkv_block_k": rows, "dkv_stages": stages}
+        rules |= {"dq_block_q": rows, "dq_block_k": cols, "dq_stages": stages}
         for name, allowed in rules.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Sm80Config.{name} must be one of {allowed}, got {getattr(self, name)!r}.")
 
 
-CONFIGS = {"xla": XlaConfig, "mosaic_tpu": MosaicTpuConfig}
+Config = XlaConfig | MosaicTpuConfig | Sm90Config | Sm80Config
+KINDS = (XlaConfig, MosaicTpuConfig, Sm90Config, Sm80Config)
 
 
-def heuristic(call: Call, device: Device, implementation: str) -> XlaConfig | MosaicTpuConfig:
+def kinds(call: Call, device: Device, implementation: str | None) -> tuple[type[Config], ...]:
+    """The configurations that an implementation takes for a call; the first is the kind of its own choice."""
+    match implementation:
+        case "xla":
+            return (XlaConfig,)
+        case "mosaic_tpu":
+            return (MosaicTpuConfig,)
+        case "mosaic_gpu" if device.arch == "sm90" and call.direction == "forward":
+            return (Sm90Config, Sm80Config)
+        case "mosaic_gpu":
+            return (Sm80Config,)
+    return ()
+
+
+def heuristic(call: Call, device: Device, implementation: str) -> Config:
     """A good configuration without measuring anything."""
     if implementation == "mosaic_tpu":
         return mosaic_tpu_heuristic(call)
+    if implementation == "mosaic_gpu":
+        (kind, *_) = kinds(call, device, implementation)
+        return _sm90(call) if kind is Sm90Config else sm80_heuristic(call, device)
     s = call.sizes
     on_cpu = device.platform == "cpu"
     # Entries of a float32 tile of logits: on a CPU it should stay in the last-level cache; a GPU wants few, large
@@ -134,9 +178,11 @@ def heuristic(call: Call, device: Device, implementation: str) -> XlaConfig | Mo
     return XlaConfig(block_q, block_k)
 
 
-def search_space(call: Call, device: Device, implementation: str) -> Iterator[XlaConfig | MosaicTpuConfig]:
+def search_space(call: Call, device: Device, implementation: str) -> Iterator[Config]:
     """Configurations worth measuring."""
-    del device
+    if implementation == "mosaic_gpu":
+        yield from _mosaic_gpu_space(call, device)
+        return
     if implementation == "mosaic_tpu":
         yield from _mosaic_tpu_space(call)
         return
@@ -148,6 +194,72 @@ def search_space(call: Call, device: Device, implementation: str) -> Iterator[Xl
             if config not in seen:
                 seen.add(config)
                 yield config
+
+
+# Shared memory of a block on Hopper, less what barriers and Mosaic take.
+SMEM_BYTES = 225 * 2**10
+
+
+def _sm90(call: Call) -> Sm90Config:
+    """Three consumers where accumulators are small; the widest tiles and the most stages that fit."""
+    H, Hv = (width + -width % 16 for width in (call.sizes["H"], call.sizes["Hv"]))
+    plain = call.option("mask") in (None, "Causal") and call.argument("bias") is None
+    if max(H, Hv) <= 64 and plain:
+        # Softmax is the bottleneck: a third consumer helps, except where rows of 192 queries waste most of a diagonal.
+        short = call.option("mask") == "Causal" and call.sizes["S"] <= 2048
+        return Sm90Config(2 if short else 3, stages=3, lazy_rescale=call.option("mask") is None)
+    return next(config for config in _sm90_space() if _fits_sm90(config, H, Hv))
+
+
+def _sm90_space() -> Iterator[Sm90Config]:
+    for block_k in (128, 64):
+        for reuse_q in (False, True):
+            yield Sm90Config(consumers=2, block_k=block_k, stages=2, reuse_q=reuse_q)
+    yield Sm90Config(consumers=2, block_k=64, stages=1)
+
+
+def _fits_sm90(config: Sm90Config, H: int, Hv: int) -> bool:
+    """Whether shared memory holds the tiles, and registers logits, output and probabilities of a thread."""
+    rows = 64 * config.consumers
+    out = 0 if config.reuse_q else rows * Hv
+    memory = 2 * (rows * H + config.stages * config.block_k * (H + Hv) + out)
+    registers = config.block_k // 2 + Hv // 2 + config.block_k // 4
+    return memory <= SMEM_BYTES and registers <= 180 and (H == Hv or not config.reuse_q)
+
+
+def sm80_heuristic(call: Call, device: Device) -> Sm80Config:
+    """Two blocks a multiprocessor where shared memory allows it, accumulators that the registers of a warpgroup hold."""
+    width = max(call.sizes["H"], call.sizes["Hv"])
+    tight = device.arch in ("sm86", "sm87", "sm89")  # 100 KB of shared memory; Ampere's A100 has 164, Hopper 228
+    backward = Sm80Config(
+        dkv_block_q=32,
+        dkv_stages=2 if width <= 64 else 1,
+        dq_block_k=32,
+        dq_stages=1 if width > 128 and tight else 2,
+    )
+    if width <= 64:
+        return backward
+    if width <= 128:
+        return dataclasses.replace(backward, block_q=64 if tight else 128, block_k=32)
+    return dataclasses.replace(backward, block_q=64, block_k=32, stages=1 if tight else 2)
+
+
+def _mosaic_gpu_space(call: Call, device: Device) -> Iterator[Sm90Config | Sm80Config]:
+    (kind, *_) = kinds(call, device, "mosaic_gpu")
+    H, Hv = (width + -width % 16 for width in (call.sizes["H"], call.sizes["Hv"]))
+    if kind is Sm80Config:
+        for block_q in (64, 128):
+            for block_k in (32, 64, 128):
+                for stages in (2, 3):
+                    yield Sm80Config(block_q=block_q, block_k=block_k, stages=stages)
+        return
+    for consumers in (2, 3) if max(H, Hv) <= 64 else (2,):
+        for block_k in (64, 128):
+            for stages in (2, 3):
+                for lazy in (False, True):
+                    config = Sm90Config(consumers, block_k, stages, lazy)
+                    if _fits_sm90(config, H, Hv):
+                        yield config
 
 
 # On-chip memory that kernels plan with: all generations since v5e have at least twice that.
