@@ -117,7 +117,8 @@ def _compile(compiling: Compiling, part: str, direction: str, length: int, mask:
     causal = None if mask == "none" else masks.Causal()
     lowered = _lower(compiling, direction, length, causal, config)
     compiled = lowered.compile()
-    costs, account = compiled.cost_analysis(), compiled.memory_analysis()
+    costs: Any = compiled.cost_analysis()
+    account: Any = compiled.memory_analysis()
     updates = tiles.schedule(causal, length, length, BLOCK_Q, width).live.mean()
     return TilingRow(
         part=part,

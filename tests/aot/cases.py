@@ -63,8 +63,8 @@ def _smoke_tpu(compiling: Compiling):
     return jax.jit(mosaic_tpu.matmul), (x, x)
 
 
-def _flash_attention(implementation: str, shape: str, direction: str, dtype: str, compiling: Compiling):
-    """A named shape, its mask's arrays and other options among the arguments; "backward" is all that `grad` runs."""
+def _flash_attention(implementation: str, shape: str, direction: str, dtype: str, compiling: Compiling, config=None):
+    """A named shape, its mask's arrays among the arguments; "backward" is all of `grad`, the forward pass too."""
     import jax
     import jax.numpy as jnp
 
@@ -80,7 +80,7 @@ def _flash_attention(implementation: str, shape: str, direction: str, dtype: str
     def forward(*arrays):
         given = iter(arrays)
         filled = [next(given) if yes else leaf for leaf, yes in zip(leaves, has_shape, strict=True)]
-        return flash_attention(**tree.unflatten(filled), return_lse=True, implementation=implementation)
+        return flash_attention(**tree.unflatten(filled), return_lse=True, implementation=implementation, config=config)
 
     def backward(*arrays):
         def loss(floats):
@@ -93,22 +93,46 @@ def _flash_attention(implementation: str, shape: str, direction: str, dtype: str
     return jax.jit(forward if direction == "forward" else backward), tuple(arguments)
 
 
-# What takes another path through the TPU kernels: the M-mask, grouped heads and half a register of H, a schedule made
-# on the device with values along rows and columns, bias and sink, dense tiles, one query row, no masking code.
-_TPU_SHAPES = {
-    "d128_causal_2k": "bfloat16",
-    "llama_1b_train_2k": "bfloat16",
-    "packed_16k": "bfloat16",
-    "window_1k_16k": "bfloat16",
-    "everything_90_150": "bfloat16",
-    "full_bias_60_75": "float32",
-    "per_head_dense_77_91": "float32",
-    "decode_1_8191": "bfloat16",
-    "head_dims_192_128": "float32",
-    "d64_full_2k": "bfloat16",
-    "causal_256k": "bfloat16",
-}
+def _flash_attention_tpu_window(compiling: Compiling):
+    from pallas_kernels.flash_attention.config import mosaic_tpu_block
 
+    config = mosaic_tpu_block(256, 512, mask="window")
+    return _flash_attention("mosaic_tpu", "d128_causal_2k", "backward", "bfloat16", compiling, config)
+
+
+def _flash_attention_tpu_sharded(compiling: Compiling):
+    """Batch and heads over four devices, with shard_map's check of types."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from pallas_kernels import flash_attention, masks
+
+    mesh, spec = compiling.mesh((2, 2), ("data", "model")), P("data", None, "model", None)
+    x = jax.ShapeDtypeStruct((4, 1024, 4, 64), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    lengths = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=NamedSharding(mesh, P("data")))
+
+    def attend(q, k, v, lengths):
+        mask = masks.Causal() & masks.Lengths(lengths)
+        return flash_attention(q, k, v, mask=mask, implementation="mosaic_tpu")
+
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=(spec, spec, spec, P("data")), out_specs=spec)
+    return jax.jit(jax.grad(lambda *a: jnp.sum(sharded(*a).astype(jnp.float32)), (0, 1, 2))), (x, x, x, lengths)
+
+
+# What takes a path of its own through the TPU kernels: heads of 128, grouped heads of 64, a schedule made on the device
+# with values along rows and columns, bias and sink, tiles of a bias and of a dense mask, one query row, much of it.
+_TPU_SHAPES = {
+    "d128_causal_2k": ("backward", "bfloat16"),
+    "llama_1b_train_2k": ("backward", "bfloat16"),
+    "packed_16k": ("backward", "bfloat16"),
+    "everything_90_150": ("backward", "bfloat16"),
+    "full_bias_60_75": ("backward", "float32"),
+    "per_head_dense_77_91": ("backward", "float32"),
+    "decode_1_8191": ("forward", "bfloat16"),
+    "causal_256k": ("forward", "bfloat16"),
+}
 
 def _flash_attention_sm80(direction: str, tiles: dict, sizes: tuple[int, ...], mask: str, compiling: Compiling):
     """sm80.py itself, on its own target and on Hopper, where dispatch would take sm90.py. Sizes are T, S, N, K, H."""
@@ -163,14 +187,15 @@ CASES: tuple[Case, ...] = (
         Case(f"flash_attention/sm80/{name}", AMPERE + HOPPER, functools.partial(_flash_attention_sm80, *case), hot=True)
         for name, case in _SM80.items()
     ),
+    Case("flash_attention/mosaic_tpu/window_of_the_m_mask", TPUS, _flash_attention_tpu_window),
+    Case("flash_attention/mosaic_tpu/shard_map", TPUS, _flash_attention_tpu_sharded),
     *(
         Case(
             f"flash_attention/mosaic_tpu/{shape}_{direction}",
             TPUS,
             functools.partial(_flash_attention, "mosaic_tpu", shape, direction, dtype),
         )
-        for shape, dtype in _TPU_SHAPES.items()
-        for direction in ("forward", "backward")
+        for shape, (direction, dtype) in _TPU_SHAPES.items()
     ),
 )
 

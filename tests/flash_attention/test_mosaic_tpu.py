@@ -16,6 +16,7 @@ from pallas_kernels.core.arrays import arrays_of, with_arrays
 from pallas_kernels.flash_attention import mosaic_tpu, tiles
 from pallas_kernels.flash_attention.api import describe
 from pallas_kernels.flash_attention.config import MosaicTpuConfig, heuristic, search_space
+from pallas_kernels.flash_attention.mosaic_tpu import grid
 from pallas_kernels.flash_attention.shapes import SHAPES, Shape, causal, everything, full_bias, normal, packed
 from tests import interpreters
 from tests.conformance import assert_agrees, random_cotangents, value_and_gradients
@@ -136,7 +137,7 @@ def test_slices_of_the_vector_unit_change_no_bit():
 @pytest.mark.usefixtures("interpreted")
 def test_a_schedule_too_long_for_scalar_memory_is_cut_to_runs(monkeypatch):
     """Tiles inside the run of live ones are then masked, the empty ones too."""
-    monkeypatch.setattr(mosaic_tpu, "SCHEDULE_WORDS", 0)
+    monkeypatch.setattr(grid, "SCHEDULE_WORDS", 0)
     assert_right(SHAPES["mqa_packed_300"].make(jnp.float32, jax.random.key(0)), ONE_LEVEL)
 
 
@@ -150,8 +151,8 @@ def test_padding_rows_stay_out_of_the_gradients():
 
 def test_steps_beyond_the_last_live_tile_copy_nothing():
     """They name the block that is on the chip already."""
-    plane = mosaic_tpu._prepare(*(jnp.ones((1, 512, 1, 32)),) * 3, None, masks.Causal(), 1.0, None, ONE_LEVEL)[0]
-    visits = mosaic_tpu._visits(plane, masks.Causal())
+    plane = grid.prepare(*(jnp.ones((1, 512, 1, 32)),) * 3, None, masks.Causal(), 1.0, None, ONE_LEVEL)[0]
+    visits = grid.plan_visits(plane, masks.Causal())
     numbers = jnp.asarray(visits.numbers)
     assert visits.steps == 4
     for row in range(4):
@@ -164,7 +165,7 @@ def test_steps_beyond_the_last_live_tile_copy_nothing():
 
 def test_the_mask_in_memory_does_not_grow():
     config = MosaicTpuConfig(128, 512, 128, 64)
-    sizes = {tiles.m_mask(T, T, config.block_q, config.block_k_major, mosaic_tpu.LANES).size for T in (2**10, 2**18)}
+    sizes = {tiles.m_mask(T, T, config.block_q, config.block_k_major, grid.LANES).size for T in (2**10, 2**18)}
     assert sizes == {1024 * 1024}
 
 
