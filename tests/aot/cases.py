@@ -134,6 +134,7 @@ _TPU_SHAPES = {
     "causal_256k": ("forward", "bfloat16"),
 }
 
+
 def _flash_attention_sm80(direction: str, tiles: dict, sizes: tuple[int, ...], mask: str, compiling: Compiling):
     """sm80.py itself, on its own target and on Hopper, where dispatch would take sm90.py. Sizes are T, S, N, K, H."""
     import jax
