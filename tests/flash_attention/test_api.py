@@ -71,7 +71,11 @@ q, k, v = arrays()
             "scale must be a finite Python number, got nan",
         ),
         (lambda: flash_attention(q, k, v, soft_cap=0.0), ValueError, "soft_cap must be > 0 or None, got 0.0."),
-        (lambda: flash_attention(q, k, v, config=3), TypeError, "config must be one of XlaConfig, got int."),
+        (
+            lambda: flash_attention(q, k, v, config=3),
+            TypeError,
+            "config must be one of XlaConfig, MosaicTpuConfig, Sm90Config, Sm80Config, got int.",
+        ),
         (
             lambda: flash_attention(q, k, v, implementation="reference", config=XlaConfig(8, 8)),
             ValueError,
@@ -97,7 +101,7 @@ def test_a_named_implementation_runs_or_raises():
         flash_attention(q, k, v, mask=masks.Causal(), implementation="mosaic_gpu")
     assert str(caught.value) == (
         'flash_attention(implementation="mosaic_gpu") cannot run this call.\n'
-        "  why : flash_attention has no mosaic_gpu implementation\n"
+        "  why : it is for NVIDIA GPUs of Ampere, Ada and Hopper, and this is cpu\n"
         "  call: q f32[B=2,T=8,N=4,H=16] k f32[B=2,S=12,K=2,H=16] v f32[B=2,S=12,K=2,Hv=16] mask=Causal scale=0.25 "
         "on cpu\n"
         '  try : implementation="auto" (would run "xla")'

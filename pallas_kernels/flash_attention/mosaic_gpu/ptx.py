@@ -30,9 +30,7 @@ def _named_barrier(operation: str, index: jax.Array, threads: int) -> None:
     emit(index)
 
 
-@plgpu.inline_mgpu(
-    arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
-)
+@plgpu.inline_mgpu(arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
 def warp_any_positive(_, rows):
     """1 if some of a warp's rows is positive, else 0. The same within a warp, not within a warpgroup: branch on it
     only over arithmetic that threads do each for themselves."""

@@ -100,7 +100,7 @@ def forward(
     plane, schedule, ops = sm80._prepare(query, key, value, bias, sink, mask, scale, soft_cap, block_q, block_k)
     plane = _Plane(*(getattr(plane, field) for field in plane.__dataclass_fields__))
     reuse_q = config.reuse_q
-    if reuse_q and plane.H != plane.Hv:
+    if reuse_q and plane.Hv != plane.H:
         raise ValueError(f"Sm90Config.reuse_q needs equal head dims, got H={plane.H} and Hv={plane.Hv}.")
     bytes_of_plane = 2 * plane.S * (plane.H + plane.Hv) * plane.K // N  # heads of a group share keys and values
     work = work_lib.plan(schedule, B, N, num_sms, L2_BYTES // bytes_of_plane)
@@ -341,9 +341,7 @@ def forward(
         num_threads=consumers + 1,
         thread_name="warpgroup",
         # No thread reads what it wrote to shared memory; the barriers above order all that is exchanged.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         **extra,
     )(*leaves)
     return out.reshape(B, -1, N, Hv)[:, :T, :, : value.shape[3]], lse[:, :, :T]
