@@ -180,10 +180,33 @@ _SM80 = {
     "backward_packed": ("backward", {"dkv_block_q": 32, "dq_block_k": 32}, (1000, 1000, 8, 8, 64), "packed"),
 }
 
+# What takes a path of its own through the Hopper kernel, and whether its main loop must be free of spills: two
+# consumers with and without a mask, grouped heads, three consumers, wide and unequal heads, arrays in the mask, bias.
+_SM90_SHAPES = {
+    "d128_full_2k": True,
+    "d128_causal_2k": True,
+    "gqa_32_8_2k": True,
+    "d64_full_2k": True,
+    "d64_causal_8k": False,
+    "head_dims_192_128": False,
+    "packed_16k": False,
+    "everything_90_150": False,
+    "full_bias_60_75": False,
+}
+
 CASES: tuple[Case, ...] = (
     Case("smoke/mosaic_gpu_sm90", HOPPER, _smoke_hopper, hot=True),
     Case("smoke/mosaic_gpu_sm80", AMPERE, _smoke_ampere, hot=True),
     Case("smoke/mosaic_tpu", TPUS, _smoke_tpu),
+    *(
+        Case(
+            f"flash_attention/sm90/{shape}",
+            HOPPER,
+            functools.partial(_flash_attention, "mosaic_gpu", shape, "forward", "bfloat16"),
+            hot=hot,
+        )
+        for shape, hot in _SM90_SHAPES.items()
+    ),
     *(
         Case(f"flash_attention/sm80/{name}", AMPERE + HOPPER, functools.partial(_flash_attention_sm80, *case), hot=True)
         for name, case in _SM80.items()
