@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("  " + " ".join(f"{k}={v}" for k, v in dataclasses.asdict(row).items()), file=sys.stderr, flush=True)
             chosen.append(row)
         print("\n".join(table(chosen)) + "\n", flush=True)
+        if part is tiling:
+            print("\n".join(summary(chosen)) + "\n", flush=True)
         measured += chosen
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w", newline="") as file:
@@ -169,12 +171,27 @@ def on_chip_bytes(x: jax.ShapeDtypeStruct, direction: str, mask: masks.Mask | No
             lowered.compile()
             return limit
         except jax.errors.JaxRuntimeError as error:
-            found = re.search(r"Scoped allocation with size ([\d.]+)([KM]) and limit", str(error))
+            found = re.search(r"exceeded scoped vmem limit by ([\d.]+)([KM])", str(error))
             if found is None:
                 raise
-            # The message is rounded to two digits; in steps of 16 KiB the search still ends.
-            asked = int(float(found[1]) * {"K": 2**10, "M": 2**20}[found[2]])
-            limit = max(asked, limit + 2**14)
+            # The message is rounded to two digits; in steps of at least 16 KiB the search still ends.
+            limit += max(2**14, int(float(found[1]) * {"K": 2**10, "M": 2**20}[found[2]]))
+
+
+def summary(measured: Sequence[TilingRow]) -> list[str]:
+    """The sweep in Markdown, a line for each width: what is compared, forward and backward."""
+    found = {(row.target, row.width, row.direction): row for row in measured if row.mask == "iota"}
+    targets = list(dict.fromkeys(target for target, *_ in found))
+    cells = []
+    for width in WIDTHS:
+        pairs = [[found[target, width, direction] for direction in ("forward", "backward")] for target in targets]
+        on_chip = [" / ".join(row.vmem_kib for row in pair) for pair in pairs]
+        milliseconds = [" / ".join(number(float(row.estimate_us) / 1000, 3) for row in pair) for pair in pairs]
+        levels = f"{width}, one level" if width == WIDTHS[0] else str(width)
+        cells.append(
+            [levels, pairs[0][0].updates, *(f"{a} KiB, {b} ms" for a, b in zip(on_chip, milliseconds, strict=True))]
+        )
+    return markdown(["first-level width", "updates of a row of tiles", *targets], cells)
 
 
 def table(measured: Sequence[TilingRow]) -> list[str]:
