@@ -271,7 +271,8 @@ def _config(choice: Choice, given: Any) -> Any:
 
 
 def _run_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
-    return plan.forward.module.forward(*inputs, config=plan.forward_config, **plan.options._asdict())
+    outputs = plan.forward.module.forward(*inputs, config=plan.forward_config, **plan.options._asdict())
+    return vary_like(outputs, inputs)  # inside shard_map a kernel's outputs come without the axes they vary over
 
 
 def _forward_rule(plan: _Plan, inputs: _Inputs):
@@ -286,7 +287,7 @@ def _backward_rule(plan: _Plan, residuals: tuple, cotangents: tuple[jax.Array, j
     gradients = plan.backward.module.backward(
         *inputs, out, lse, *cotangents, config=plan.backward_config, **plan.options._asdict()
     )
-    return (_Inputs(*gradients, mask=None),)
+    return (_Inputs(*vary_like(tuple(gradients), inputs), mask=None),)
 
 
 _attend: Any = jax.custom_vjp(_run_forward, nondiff_argnums=(0,))

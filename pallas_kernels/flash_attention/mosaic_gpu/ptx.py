@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The few instructions that Pallas has no word for, as inline PTX."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl  # noqa: F401  (registers the lowering rules)
@@ -23,26 +25,31 @@ def named_barrier_wait(index: jax.Array, threads: int) -> None:
 
 
 def _named_barrier(operation: str, index: jax.Array, threads: int) -> None:
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
     def emit(_, index):
         mgpu.utils.inline_ptx(f"bar.{operation} $0, {threads};", index.registers[()])
 
-    emit(index)
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
+    inline(emit)(index)
 
 
-@plgpu.inline_mgpu(arg_types=(ROWS,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
-def warp_any_positive(_, rows):
+def warp_any_positive(rows: jax.Array) -> jax.Array:
     """1 if some of a warp's rows is positive, else 0. The same within a warp, not within a warpgroup: branch on it
     only over arithmetic that threads do each for themselves."""
-    i32 = ir.IntegerType.get_signless(32)
-    # A thread of a wgmma accumulator holds two rows.
-    first, second = (_scalar(register, i32) for register in rows.registers.flat)
-    code = (
-        "{ .reg .pred p, q; .reg .f32 t; max.f32 t, $1, $2; setp.gt.f32 p, t, 0f00000000;"
-        " vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }"
-    )
-    vote = llvm.inline_asm(i32, [first, second], code, "=r,f,f", has_side_effects=True)
-    return mgpu.FragmentedArray.splat(vote, (), is_signed=True)
+
+    def emit(_, rows):
+        i32 = ir.IntegerType.get_signless(32)
+        # A thread of a wgmma accumulator holds two rows.
+        first, second = (_scalar(register, i32) for register in rows.registers.flat)
+        code = (
+            "{ .reg .pred p, q; .reg .f32 t; max.f32 t, $1, $2; setp.gt.f32 p, t, 0f00000000;"
+            " vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }"
+        )
+        vote = llvm.inline_asm(i32, [first, second], code, "=r,f,f", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(vote, (), is_signed=True)
+
+    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+    inline: Any = plgpu.inline_mgpu(arg_types=(ROWS,), return_type=scalar)
+    return inline(emit)(rows)
 
 
 def _scalar(register, i32):

@@ -38,6 +38,7 @@ from pallas_kernels.masks import Mask
 
 R = 64  # rows of a wgmma, and so of a consumer
 TILE, ROWS = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
+Accumulator: Any = plgpu.WGMMAAccumulatorRef
 LN2 = math.log(2)
 # Hardware barriers 0 to 4 belong to Mosaic: the block's, and one for each warpgroup.
 TURN = 8
@@ -228,7 +229,7 @@ def forward(
                     pass_turn()
                     return s[...]
 
-                x = pl.run_scoped(first_scores, plgpu.ACC((R, block_k), jnp.float32))
+                x = pl.run_scoped(first_scores, Accumulator((R, block_k), jnp.float32))
                 plgpu.barrier_arrive(shared.k_free.at[slot])
                 p, m, l, _, _ = softmax(x, m, l, item, 0, masks, first=True)
                 p = p.astype(query.dtype)
@@ -250,14 +251,14 @@ def forward(
                             pass_turn()
                             return plgpu.wgmma_accumulator_load(s, wait_n=1)  # S is there, P V goes on
 
-                        x = pl.run_scoped(scores, plgpu.ACC((R, block_k), jnp.float32))
+                        x = pl.run_scoped(scores, Accumulator((R, block_k), jnp.float32))
                         plgpu.barrier_arrive(shared.k_free.at[slot])
                         p_ref[...], m_ref[...], l_ref[...], alpha_ref[...], raised = softmax(x, m, l, item, i, masked)
                         if raised is not None:
                             raised_ref[...] = raised
 
                     # Probabilities are rounded once P V is done: it reads the registers of the ones before until then.
-                    state = (plgpu.ACC.init(o), m, l, x_zero, m, lax.rem(i, 2))
+                    state = (Accumulator.init(o), m, l, x_zero, m, lax.rem(i, 2))
                     o, m, l, p, alpha, raised = pl.run_state(products)(state)
                     plgpu.barrier_arrive(shared.v_free.at[previous])
                     if config.lazy_rescale:
@@ -283,7 +284,7 @@ def forward(
                     plgpu.wgmma(o_ref, p, shared.v.at[slot])
                     pass_turn()
 
-                o = pl.run_state(last_product)(plgpu.ACC.init(o))
+                o = pl.run_state(last_product)(Accumulator.init(o))
                 plgpu.barrier_arrive(shared.v_free.at[slot])
                 l = jnp.sum(l, axis=1)
                 if ops.sink is not None:

@@ -9,7 +9,7 @@ each to the multiprocessor with the least; where only the device knows them, sor
 import functools
 import heapq
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int)
 
     A row without a live tile gets one that is hidden as a whole, so that every row has a first tile.
     """
-    xp = np if isinstance(schedule.live, np.ndarray) else jnp
+    xp: Any = np if isinstance(schedule.live, np.ndarray) else jnp
     live, mixed = xp.maximum(schedule.live, 1), xp.where(schedule.live == 0, 1, schedule.mixed)
     if schedule.runs is None:
         runs = xp.zeros((*live.shape, 4), np.int32)
@@ -51,7 +51,7 @@ def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int)
     rows = xp.concatenate([live[..., None], mixed[..., None], runs], axis=-1).astype(np.int32)
     costs = xp.broadcast_to(live, (B, N, live.shape[-1])).reshape(-1)
     if isinstance(costs, np.ndarray):
-        items = _greedy(tuple(live[0, 0].tolist()), B * N, num_sms, max(1, planes_in_cache))
+        items = _greedy(tuple(np.asarray(live[0, 0], np.int32)), B * N, num_sms, max(1, planes_in_cache))
     else:
         items = _snake(jnp.argsort(-costs, stable=True).astype(jnp.int32), num_sms)
     order = None if schedule.order is None else jnp.asarray(schedule.order)
@@ -81,8 +81,8 @@ def _greedy(costs: tuple[int, ...], planes: int, num_sms: int, together: int) ->
     return items
 
 
-def _snake(items, num_sms: int, straight: bool = False):
-    xp = np if isinstance(items, np.ndarray) else jnp
+def _snake(items: Any, num_sms: int, straight: bool = False) -> Any:
+    xp: Any = np if isinstance(items, np.ndarray) else jnp
     padding = xp.full(-len(items) % num_sms, NO_ITEM, np.int32)
     dealt = xp.concatenate([items, padding]).reshape(-1, num_sms)
     if straight:
