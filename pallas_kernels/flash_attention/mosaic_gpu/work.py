@@ -51,7 +51,8 @@ def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int)
     rows = xp.concatenate([live[..., None], mixed[..., None], runs], axis=-1).astype(np.int32)
     costs = xp.broadcast_to(live, (B, N, live.shape[-1])).reshape(-1)
     if isinstance(costs, np.ndarray):
-        items = _greedy(tuple(np.asarray(live[0, 0], np.int32)), B * N, num_sms, max(1, planes_in_cache))
+        row_costs: Any = live[0, 0]
+        items = _greedy(tuple(int(cost) for cost in row_costs), B * N, num_sms, max(1, planes_in_cache))
     else:
         items = _snake(jnp.argsort(-costs, stable=True).astype(jnp.int32), num_sms)
     order = None if schedule.order is None else jnp.asarray(schedule.order)
