@@ -47,7 +47,8 @@ def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int)
     if schedule.runs is None:
         runs = xp.zeros((*live.shape, 4), np.int32)
     else:
-        runs = np.where((schedule.live[0, 0] == 0)[:, None], np.array([0, 1, 1, 1], np.int32), schedule.runs)[None, None]
+        unseen = (schedule.live[0, 0] == 0)[:, None]
+        runs = np.where(unseen, np.array([0, 1, 1, 1], np.int32), schedule.runs)[None, None]
     rows = xp.concatenate([live[..., None], mixed[..., None], runs], axis=-1).astype(np.int32)
     costs = xp.broadcast_to(live, (B, N, live.shape[-1])).reshape(-1)
     if isinstance(costs, np.ndarray):
