@@ -34,6 +34,7 @@ from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.flash_attention.config import Sm90Config
 from pallas_kernels.flash_attention.mosaic_gpu import ptx, sm80
 from pallas_kernels.flash_attention.mosaic_gpu import work as work_lib
+from pallas_kernels.flash_attention.mosaic_gpu.plane import LOG2E, At, along_rows, cost_estimate, prepare, tile_memory
 from pallas_kernels.masks import Mask
 
 R = 64  # rows of a wgmma, and so of a consumer
@@ -55,14 +56,6 @@ def supports(call: Call, device: Device) -> Refusal | None:
     if device.platform != "gpu" or device.arch != "sm90":
         return Refusal(f"it is for NVIDIA Hopper GPUs, and this is {device}")
     return sm80.supports(call, device)
-
-
-class _Plane(sm80._Plane):
-    """Logits as wgmma leaves them in registers."""
-
-    @property
-    def acc(self) -> Any:
-        return TILE
 
 
 class _Shared(NamedTuple):
@@ -98,14 +91,14 @@ def forward(
     B, T, N, _ = query.shape
     consumers, stages, block_k = config.consumers, config.stages, config.block_k
     block_q = R * consumers
-    plane, schedule, ops = sm80._prepare(query, key, value, bias, sink, mask, scale, soft_cap, block_q, block_k)
-    plane = _Plane(*(getattr(plane, field) for field in plane.__dataclass_fields__))
+    inputs = query, key, value, bias, sink, mask, scale, soft_cap
+    plane, schedule, ops = prepare(*inputs, block_q, block_k, acc=TILE, copies_fill=True)
     reuse_q = config.reuse_q
     if reuse_q and plane.Hv != plane.H:
         raise ValueError(f"Sm90Config.reuse_q needs equal head dims, got H={plane.H} and Hv={plane.Hv}.")
     bytes_of_plane = 2 * plane.S * (plane.H + plane.Hv) * plane.K // N  # heads of a group share keys and values
     work = work_lib.plan(schedule, B, N, num_sms, L2_BYTES // bytes_of_plane)
-    rounds, rows = work.items.shape[0], schedule.live.shape[-1]
+    rows = schedule.live.shape[-1]
     # What is known while tracing decides which loops are compiled at all.
     known = isinstance(schedule.live, np.ndarray)
     masks = not known or bool((schedule.mixed > 0).any() or (schedule.live == 0).any())
@@ -118,35 +111,7 @@ def forward(
         ops, work = tree.unflatten(refs[: len(leaves)])
         out_gmem, lse_gmem, *scratch = refs[len(leaves) :]
         shared = _Shared(*scratch)
-        sm, me = lax.axis_index("sm"), lax.axis_index("warpgroup")
-
-        def entry(ref, b, n, *rest):
-            return ref[(sm80._index(b, ref.shape[0]), sm80._index(n, ref.shape[1]), *rest)]
-
-        def item_of(number):
-            """Batch element, head, row of tiles, and that row's six numbers."""
-            number = jnp.maximum(number, 0)
-            b, n, row = number // (N * rows), number // rows % N, number % rows
-            return b, n, row, tuple(entry(work.rows, b, n, row, field) for field in range(6))
-
-        def for_each_item(do, step):
-            """step = do(item, step) for this multiprocessor's items. The next one is read while this one is worked
-            on: two reads that depend on each other take a microsecond."""
-
-            def one(r, carry):
-                number, item, step = carry
-                following = work.items[jnp.minimum(r + 1, rounds - 1), sm]
-                following_item = item_of(following)
-                step = lax.cond(number >= 0, lambda: do(item, step), lambda: step)
-                return following, following_item, step
-
-            first = work.items[0, sm]
-            lax.fori_loop(0, rounds, one, (first, item_of(first), step))
-
-        def column(item, n):
-            """Tile column of step n of an item."""
-            b, head, row, (_, _, *runs) = item
-            return schedule.column(n, runs, lambda n: entry(work.order, b, head, row, n))
+        me, walk = lax.axis_index("warpgroup"), work_lib.Walk(work, schedule, N, 1, lax.axis_index("sm"))
 
         def pass_turn():
             ptx.named_barrier_arrive(TURN + lax.rem(me + 1, consumers), 256)
@@ -159,14 +124,14 @@ def forward(
             plgpu.set_max_registers(REGISTERS[consumers][0], action="decrease")
 
             def do(item, step):
-                b, n, row, (live, *_) = item
+                b, n, row = item.b, item.n, item.row
                 group = n // (N // plane.K)
                 plgpu.barrier_wait(shared.q_free)
                 queries = ops.query.at[b, pl.ds(row * block_q, block_q), pl.ds(n * H, H)]
                 plgpu.copy_gmem_to_smem(queries, shared.q, shared.q_full)
 
                 def load(i, step):
-                    slot, keys = lax.rem(step, stages), pl.ds(column(item, i) * block_k, block_k)
+                    slot, keys = lax.rem(step, stages), pl.ds(walk.column(item, i) * block_k, block_k)
                     plgpu.barrier_wait(shared.k_free.at[slot])
                     k = ops.key.at[b, keys, pl.ds(group * H, H)]
                     plgpu.copy_gmem_to_smem(k, shared.k.at[slot], shared.k_full.at[slot])
@@ -175,9 +140,9 @@ def forward(
                     plgpu.copy_gmem_to_smem(v, shared.v.at[slot], shared.v_full.at[slot])
                     return step + 1
 
-                return lax.fori_loop(0, live, load, step)
+                return lax.fori_loop(0, item.live, load, step)
 
-            for_each_item(do, jnp.int32(0))
+            walk.for_each(do, jnp.int32(0))
 
         @pl.when(me < consumers)
         def consumer():
@@ -194,9 +159,8 @@ def forward(
             def softmax(x, m, l, item, i, masked, first=False):
                 """Online softmax of products x [R, C]: probabilities, maximum and sum of each row, and by what to
                 multiply earlier sums. m is in base 2. l is kept in 8 columns, summed up at the end."""
-                b, n, row, _ = item
                 if masked or not plane.plain:
-                    at = sm80._At(b, n, row * block_q + me * R, column(item, i) * block_k)
+                    at = At(item.b, item.n, item.row * block_q + me * R, walk.column(item, i) * block_k)
                     x, _ = plane.logits(x, ops, at, masked)
                 m_tile = jnp.max(x, axis=1) * unit
                 if config.lazy_rescale and not first:
@@ -207,14 +171,14 @@ def forward(
                 # While a row has seen no visible key its maximum is -inf; 0 in its place keeps exp(-inf - m) = 0.
                 shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if guard else m_new
                 alpha = jnp.exp2(m - shift)
-                p = jnp.exp2(x * unit - _along_rows(shift, x.shape))
-                l = l * _along_rows(alpha, (R, 8)) + functools.reduce(
+                p = jnp.exp2(x * unit - along_rows(shift, x.shape))
+                l = l * along_rows(alpha, (R, 8)) + functools.reduce(
                     jnp.add, [p[:, c : c + 8] for c in range(0, block_k, 8)]
                 )
                 return p, m_new, l, alpha, raised
 
             def do(item, step):
-                b, n, row, (live, mixed, *_) = item
+                b, n, row, live, mixed, _ = item
                 m = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), ROWS)
                 l = plgpu.layout_cast(jnp.zeros((R, 8), jnp.float32), TILE)
                 o = plgpu.layout_cast(jnp.zeros((R, Hv), jnp.float32), TILE)
@@ -262,9 +226,9 @@ def forward(
                     o, m, l, p, alpha, raised = pl.run_state(products)(state)
                     plgpu.barrier_arrive(shared.v_free.at[previous])
                     if config.lazy_rescale:
-                        o = lax.cond(raised != 0, lambda: o * _along_rows(alpha, o.shape), lambda: o)
+                        o = lax.cond(raised != 0, lambda: o * along_rows(alpha, o.shape), lambda: o)
                     else:
-                        o = o * _along_rows(alpha, o.shape)
+                        o = o * along_rows(alpha, o.shape)
                     return o, m, l, p.astype(query.dtype)
 
                 carry = (o, m, l, p)
@@ -289,16 +253,16 @@ def forward(
                 l = jnp.sum(l, axis=1)
                 if ops.sink is not None:
                     # The sink is one more logit without a value.
-                    sink = ops.sink[n].astype(jnp.float32) * sm80._LOG2E
+                    sink = ops.sink[n].astype(jnp.float32) * LOG2E
                     m_new = jnp.maximum(m, sink)
                     shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)
                     alpha = jnp.exp2(m - shift)
-                    l, m, o = l * alpha + jnp.exp2(sink - shift), m_new, o * _along_rows(alpha, o.shape)
+                    l, m, o = l * alpha + jnp.exp2(sink - shift), m_new, o * along_rows(alpha, o.shape)
                 empty = l == 0
                 l = jnp.where(empty, 1.0, l)
                 # The stores of the item before have to have left shared memory.
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_smem[...] = (o * _along_rows(1 / l, o.shape)).astype(query.dtype)
+                out_smem[...] = (o * along_rows(1 / l, o.shape)).astype(query.dtype)
                 shared.lse[me] = jnp.where(empty, -jnp.inf, m * LN2 + jnp.log(l))
                 plgpu.commit_smem()
                 r = pl.ds(row * block_q + me * R, R)
@@ -309,12 +273,12 @@ def forward(
                     plgpu.barrier_arrive(shared.q_free)
                 return step + live
 
-            for_each_item(do, jnp.int32(0))
+            walk.for_each(do, jnp.int32(0))
             # Takes the turn that is left over: a hardware barrier must not end a kernel half full.
             pl.when(me == 0)(wait_turn)
             plgpu.wait_smem_to_gmem(0)
 
-    memory = functools.partial(sm80._tile_memory, dtype=query.dtype)
+    memory = functools.partial(tile_memory, dtype=query.dtype)
     scratch = _Shared(
         q=memory(block_q, H),
         k=memory(stages, block_k, H),
@@ -329,7 +293,7 @@ def forward(
         v_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
     )
     new = "cost_estimate" in inspect.signature(plgpu.kernel).parameters  # jax 0.12
-    extra: dict[str, Any] = {"cost_estimate": sm80._cost(plane, products=2)} if new else {}
+    extra: dict[str, Any] = {"cost_estimate": cost_estimate(plane, products=2)} if new else {}
     out, lse = plgpu.kernel(
         flash_attention_sm90,
         out_type=(
@@ -346,7 +310,3 @@ def forward(
         **extra,
     )(*leaves)
     return out.reshape(B, -1, N, Hv)[:, :T, :, : value.shape[3]], lse[:, :, :T]
-
-
-def _along_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return lax.broadcast_in_dim(x, shape, [0])

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which multiprocessor does what: the work list of a persistent kernel.
+"""Which multiprocessor does what: the work list of a persistent kernel, and the walk through it inside the kernel.
 
-An item is one row of tiles of one head of one batch element. Its cost is the number of its live tiles, so causal
-rows differ by two orders of magnitude. Where costs are known while tracing they are dealt greedily, longest first,
-each to the multiprocessor with the least; where only the device knows them, sorted and dealt in snake order.
+An item is one row of tiles of one head of one batch element (or of the heads of a group, one after another). Its cost
+is the number of its live tiles, so causal rows differ by two orders of magnitude. Where costs are known while tracing
+they are dealt greedily, longest first, each to the multiprocessor with the least; where only the device knows them,
+sorted and dealt in snake order.
 """
 
 import functools
 import heapq
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from pallas_kernels.flash_attention.mosaic_gpu.plane import broadcast_index
 from pallas_kernels.flash_attention.tiles import Schedule
 
 NO_ITEM = -1
@@ -24,7 +28,7 @@ class Work(NamedTuple):
     """What the kernel reads.
 
     Attributes:
-      items: int32 [rounds, multiprocessors]; item numbers (b * N + n) * rows + row, or NO_ITEM.
+      items: int32 [rounds, multiprocessors]; item numbers (b * N / group + n / group) * rows + row, or NO_ITEM.
       rows: int32 [B|1, N|1, rows, 6]: live tiles, mixed tiles, and the four `runs` of a row of tiles.
       order: int32 [B|1, N|1, rows, cols] or None, as in `tiles.Schedule`.
     """
@@ -34,11 +38,74 @@ class Work(NamedTuple):
     order: jax.Array | None
 
 
-def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int) -> Work:
+class Item(NamedTuple):
+    """A row of tiles: which one, how many of its tiles are live and mixed, and the four `runs` of `tiles.Schedule`."""
+
+    b: Any
+    n: Any
+    row: Any
+    live: Any
+    mixed: Any
+    runs: Sequence
+
+
+class Walk(NamedTuple):
+    """One multiprocessor's way through its items, inside a kernel.
+
+    Attributes:
+      work: references to the arrays of a `Work`.
+      schedule: what it was made of.
+      N, group: as `plan` was given them.
+      sm: the multiprocessor.
+    """
+
+    work: Work
+    schedule: Schedule
+    N: int
+    group: int
+    sm: Any
+
+    def item(self, b: Any, n: Any, row: Any) -> Item:
+        live, mixed, *runs = (_entry(self.work.rows, b, n, row, field) for field in range(6))
+        return Item(b, n, row, live, mixed, runs)
+
+    def column(self, item: Item, step: Any) -> Any:
+        """Tile column of a step of an item."""
+        order = functools.partial(_entry, self.work.order, item.b, item.n, item.row)
+        return self.schedule.column(step, item.runs, order)
+
+    def for_each(self, do: Callable[[Item, Any], Any], carry: Any) -> Any:
+        """carry = do(item, carry) for this multiprocessor's items, `item` being that of a group's first head. The next
+        one is read while this one is worked on: two reads that depend on each other take a microsecond."""
+        rounds, rows = self.work.items.shape[0], self.schedule.live.shape[-1]
+        heads = self.N // self.group
+
+        def numbered(number):
+            number = jnp.maximum(number, 0)
+            b, head, row = number // (heads * rows), number // rows % heads, number % rows
+            return self.item(b, head * self.group, row)
+
+        def one(r, state):
+            number, item, carry = state
+            following = self.work.items[jnp.minimum(r + 1, rounds - 1), self.sm]
+            following_item = numbered(following)
+            carry = lax.cond(number >= 0, lambda: do(item, carry), lambda: carry)
+            return following, following_item, carry
+
+        first = self.work.items[0, self.sm]
+        return lax.fori_loop(0, rounds, one, (first, numbered(first), carry))[2]
+
+
+def _entry(ref: Any, b: Any, n: Any, *rest: Any) -> Any:
+    return ref[(broadcast_index(b, ref.shape[0]), broadcast_index(n, ref.shape[1]), *rest)]
+
+
+def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int, group: int = 1) -> Work:
     """Deals the rows of tiles of B x N attention planes to `num_sms` multiprocessors.
 
     Args:
-      planes_in_cache: of how many planes the L2 cache holds the keys and values: these are worked on together.
+      planes_in_cache: how many planes of an item the L2 cache holds: these are worked on together.
+      group: how many successive heads share an item.
 
     A row without a live tile gets one that is hidden as a whole, so that every row has a first tile.
     """
@@ -50,10 +117,11 @@ def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int)
         unseen = (schedule.live[0, 0] == 0)[:, None]
         runs = np.where(unseen, np.array([0, 1, 1, 1], np.int32), schedule.runs)[None, None]
     rows = xp.concatenate([live[..., None], mixed[..., None], runs], axis=-1).astype(np.int32)
-    costs = xp.broadcast_to(live, (B, N, live.shape[-1])).reshape(-1)
+    heads = N // group
+    costs = xp.broadcast_to(live, (B, N, live.shape[-1])).reshape(B, heads, group, -1).sum(2).reshape(-1)
     if isinstance(costs, np.ndarray):
-        row_costs: Any = live[0, 0]
-        items = _greedy(tuple(int(cost) for cost in row_costs), B * N, num_sms, max(1, planes_in_cache))
+        row_costs: Any = group * live[0, 0]
+        items = _greedy(tuple(int(cost) for cost in row_costs), B * heads, num_sms, max(1, planes_in_cache))
     else:
         items = _snake(jnp.argsort(-costs, stable=True).astype(jnp.int32), num_sms)
     order = None if schedule.order is None else jnp.asarray(schedule.order)
