@@ -11,7 +11,10 @@ import numpy as np
 
 import pallas_kernels
 from pallas_kernels import masks
+from pallas_kernels.core import device as device_lib
 from pallas_kernels.core.arrays import arrays_of, with_arrays
+from pallas_kernels.flash_attention import api as flash_attention_api
+from pallas_kernels.flash_attention import config as flash_attention_config
 from pallas_kernels.flash_attention import reference as flash_attention_reference
 from pallas_kernels.flash_attention import shapes as flash_attention_shapes
 
@@ -50,6 +53,8 @@ class Operation:
       specification: (arguments) -> what it must be.
       naive: (arguments) -> what the naive way makes of it in the arguments' precision.
       samples: (arguments) -> the parts of a large call that are held to the specification.
+      config: (arguments, implementation, architecture) -> the configuration that makes an implementation's kernels for
+        that architecture run here.
       memory_bound: whether to rotate the arguments so that none is found in the cache.
     """
 
@@ -59,6 +64,7 @@ class Operation:
     specification: Callable[[Arguments], jax.Array]
     naive: Callable[[Arguments], jax.Array]
     samples: Callable[[Arguments], list[Sample]]
+    config: Callable[[Arguments, str, str], Any]
     memory_bound: bool = False
 
 
@@ -104,6 +110,12 @@ def attention_samples(arguments: Arguments, rows: int = 32) -> list[Sample]:
     ]
 
 
+def attention_config(arguments: Arguments, implementation: str, arch: str) -> flash_attention_config.Config:
+    """See `Operation.config`; ValueError if the implementation has no kernels for that architecture."""
+    call = flash_attention_api.describe(**{**arguments, "mask": masks.as_mask(arguments.get("mask"))})
+    return flash_attention_config.for_arch(call, device_lib.current(), implementation, arch)
+
+
 def _cut(array: jax.Array, batch: slice, heads: slice) -> jax.Array:
     """[B|1, N|1, ...] at a part of batch and heads."""
     return array[batch if array.shape[0] > 1 else slice(None), heads if array.shape[1] > 1 else slice(None)]
@@ -117,6 +129,7 @@ OPERATIONS: dict[str, Operation] = {
         specification=lambda arguments: flash_attention_reference.specified(arguments)[0],
         naive=lambda arguments: flash_attention_reference.naively(arguments)[0],
         samples=attention_samples,
+        config=attention_config,
     ),
 }
 

@@ -5,20 +5,19 @@
     python -m benchmarks.run flash_attention --shapes='d128_causal_*,packed_16k' --implementations=auto,xla,cudnn \\
         --dtype=bfloat16 --direction=forward,forward_backward
 
-An implementation's name may end in "@sm80" or another architecture: it then runs as if the device were of that one.
+An implementation's name may end in "@sm80" or another architecture: its kernels for that one run, if they can here.
 Prints a row as soon as it is measured, and appends all to benchmarks/results/<device>.csv (`--out` names another).
 `python -m benchmarks.table` and `python -m benchmarks.plot` make the README's tables and the pictures of it.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import fnmatch
 import functools
 import math
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +127,12 @@ def measure_call(
     for requested in implementations:
         name, ours = requested, requested not in BASELINES.get(op, {})
         try:
-            with _as_if(requested):
-                candidates = _candidates(call, requested, direction)
-                if requested == "auto":
-                    name = _chosen(call, direction)
-                if name in timings:
-                    continue
-                timings[name] = time_fastest(operation, candidates, direction, call.truth, method, budget)
+            candidates = _candidates(call, requested, direction)
+            if requested == "auto":
+                name = _chosen(call, direction)
+            if name in timings:
+                continue
+            timings[name] = time_fastest(operation, candidates, direction, call.truth, method, budget)
         except (Unavailable, UnsupportedError) as refusal:
             print(f"  {name:16} not run: {' '.join(str(refusal).split())}")
         except AssertionError as error:
@@ -160,22 +158,12 @@ def measure_call(
     return measured, wrong
 
 
-@contextlib.contextmanager
-def _as_if(requested: str) -> Iterator[None]:
-    """Inside, the device is of the architecture that follows the "@" of a name, if one does."""
-    _, at, arch = requested.partition("@")
-    if not at:
-        yield
-        return
-    with device_lib.assume(dataclasses.replace(device_lib.current(), arch=arch)):
-        yield
-
-
 def _candidates(call: Measured, name: str, direction: str) -> list[Candidate]:
     if name in BASELINES.get(call.op, {}):
         return BASELINES[call.op][name](call.arguments, direction)
-    implementation = name.partition("@")[0]
-    return [(functools.partial(_by_name, call.operation, implementation=implementation), call.arguments)]
+    implementation, _, arch = name.partition("@")
+    options = {"config": call.operation.config(call.arguments, implementation, arch)} if arch else {}
+    return [(functools.partial(_by_name, call.operation, implementation=implementation, **options), call.arguments)]
 
 
 def _chosen(call: Measured, direction: str) -> str:
@@ -232,8 +220,8 @@ def _is_resource_limit(error: Exception) -> bool:
     return any(words in text for words in ("RESOURCE_EXHAUSTED", "shared memory", "out of memory", "Out of memory"))
 
 
-def _by_name(operation: Operation, arguments: Arguments, implementation: str) -> jax.Array:
-    return operation.function(**arguments, implementation=implementation)
+def _by_name(operation: Operation, arguments: Arguments, implementation: str, **options: Any) -> jax.Array:
+    return operation.function(**arguments, implementation=implementation, **options)
 
 
 def _cast(arguments: Arguments, dtype: Any) -> Arguments:

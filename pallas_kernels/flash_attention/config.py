@@ -84,7 +84,7 @@ class MosaicTpuConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Sm90Config:
-    """Tiles of the forward pass of the `mosaic_gpu` implementation for Hopper.
+    """Tiles of the `mosaic_gpu` implementation for Hopper.
 
     Attributes:
       consumers: warpgroups that compute, of 64 query rows each.
@@ -92,6 +92,8 @@ class Sm90Config:
       stages: how many tiles of keys, and of values, shared memory holds.
       lazy_rescale: raise a row's maximum, and rescale what was summed up, only when the maximum has grown by 2^8.
       reuse_q: outputs leave from the shared memory of the queries, which saves its size and costs some overlap.
+      backward_stages: how many tiles of queries, and of output gradients, shared memory holds in the backward pass;
+        its other sizes follow from the head dimension.
     """
 
     consumers: int = 2
@@ -99,9 +101,11 @@ class Sm90Config:
     stages: int = 2
     lazy_rescale: bool = False
     reuse_q: bool = False
+    backward_stages: int = 2
 
     def __post_init__(self):
-        rules = {"consumers": (2, 3), "block_k": (64, 128, 192, 256), "stages": (1, 2, 3, 4)}
+        stages = (1, 2, 3, 4)
+        rules = {"consumers": (2, 3), "block_k": (64, 128, 192, 256), "stages": stages, "backward_stages": stages}
         for name, allowed in rules.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Sm90Config.{name} must be one of {allowed}, got {getattr(self, name)!r}.")
@@ -153,6 +157,9 @@ def kinds(call: Call, device: Device, implementation: str | None) -> tuple[type[
             return (MosaicTpuConfig,)
         case "mosaic_gpu" if device.arch == "sm90" and call.direction == "forward":
             return (Sm90Config, Sm80Config)
+        case "mosaic_gpu" if device.arch == "sm90" and max(call.sizes["H"], call.sizes["Hv"]) <= 128:
+            # Not yet first: sm90_backward.py has been compiled and interpreted, and waits for its first run on a GPU.
+            return (Sm80Config, Sm90Config)
         case "mosaic_gpu":
             return (Sm80Config,)
     return ()
@@ -176,6 +183,20 @@ def heuristic(call: Call, device: Device, implementation: str) -> Config:
     block_k = side if block_q == side and not on_cpu else max(128, _power_of_two_below(budget // block_q))
     block_k = min(s["S"], block_k)
     return XlaConfig(block_q, block_k)
+
+
+def for_arch(call: Call, device: Device, implementation: str, arch: str) -> Config:
+    """The heuristic's configuration of the kernels for another architecture, for the device that is here.
+
+    Raises:
+      ValueError: the implementation has no kernels of its own for `arch`.
+    """
+    match implementation, arch:
+        case "mosaic_gpu", "sm90":
+            return _sm90(call)
+        case "mosaic_gpu", "sm80":
+            return sm80_heuristic(call, device)
+    raise ValueError(f'{implementation!r} has no kernels for {arch!r} alone; "mosaic_gpu" has, for "sm90" and "sm80".')
 
 
 def search_space(call: Call, device: Device, implementation: str) -> Iterator[Config]:

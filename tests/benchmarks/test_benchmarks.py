@@ -17,6 +17,7 @@ import pytest
 from benchmarks import baselines, fastattention, live_tiles, models, operations, plot, rows, run, table, timing
 from pallas_kernels import masks
 from pallas_kernels.core import device
+from pallas_kernels.flash_attention.config import Sm80Config, Sm90Config
 from pallas_kernels.flash_attention.shapes import SHAPES
 
 FLASH_ATTENTION = operations.OPERATIONS["flash_attention"]
@@ -104,17 +105,24 @@ def test_what_breaks_leaves_the_others_alone(monkeypatch, capsys):
     assert "FAILED: RuntimeError: no such kernel on this device" in capsys.readouterr().out
 
 
-def test_an_implementation_may_be_run_as_if_elsewhere(monkeypatch):
+@pytest.mark.parametrize(("arch", "kind"), [("sm80", Sm80Config), ("sm90", Sm90Config)])
+def test_the_kernels_of_an_architecture_may_be_asked_for(arch, kind):
     seen = []
 
-    def spy(query, key, value, implementation):
-        seen.append((implementation, device.current().arch))
+    def spy(query, key, value, implementation, config=None):
+        seen.append((implementation, type(config)))
         return FLASH_ATTENTION.function(query, key, value, implementation="xla")
 
     call = run.Measured("flash_attention", dataclasses.replace(FLASH_ATTENTION, function=spy), "square_128", "float32")
-    measured, _ = run.measure_call(call, "forward", ["xla@sm80"], method="wall", budget=0)
-    assert [row.implementation for row in measured] == ["xla@sm80"]
-    assert ("xla", "sm80") in seen
+    measured, _ = run.measure_call(call, "forward", [f"mosaic_gpu@{arch}"], method="wall", budget=0)
+    assert [row.implementation for row in measured] == [f"mosaic_gpu@{arch}"]
+    assert ("mosaic_gpu", kind) in seen
+
+
+def test_kernels_that_are_not_there_are_named():
+    call = FLASH_ATTENTION.shapes["square_128"].make("float32", jax.random.key(0))
+    with pytest.raises(ValueError, match=r"'xla' has no kernels for 'sm80' alone"):
+        FLASH_ATTENTION.config(call, "xla", "sm80")
 
 
 @pytest.mark.parametrize("name", ["everything_90_150", "per_head_dense_77_91"])

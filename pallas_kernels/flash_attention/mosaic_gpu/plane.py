@@ -30,7 +30,7 @@ class Operands(NamedTuple):
     key: Any  # [B, S', K * H]
     value: Any  # [B, S', K * Hv]
     dout: Any  # [B, T', N * Hv]
-    stats: Any  # [B, N, tiles, width]: `row_stats`
+    stats: Any  # `row_stats`
     sink: Any  # [N]
     bias: Any  # This and the next three have the axes of a tile last: [B|1, N|1, rows|1, columns|1], whole tiles.
     mask_rows: Any
@@ -219,14 +219,13 @@ def pad(x: jax.Array, sizes: dict[int, int]) -> jax.Array:
 
 
 def row_stats(lse: jax.Array, *others: jax.Array, block_q: int) -> jax.Array:
-    """LSE in base 2 and other numbers of each row, [B, N, T], side by side for each tile: [B, N, tiles, width]."""
+    """LSE in base 2 and other numbers of each row, [B, N, T], by tiles: [B, N, tiles, how many, block_q]."""
     B, N, T = lse.shape
     # P = exp2(logit - LSE) is 0 in rows that see no key, and in those beyond T, if their LSE is +inf.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2E)
     width = ((0, 0), (0, 0), (0, -T % block_q))
     padded = [jnp.pad(lse, width, constant_values=jnp.inf), *(jnp.pad(x, width) for x in others)]
-    stats = jnp.concatenate([x.reshape(B, N, -1, block_q) for x in padded], axis=3)
-    return pad(stats, {3: max(stats.shape[3], 128)})  # cp.async copies at least one number a thread
+    return jnp.stack([x.reshape(B, N, -1, block_q) for x in padded], axis=3)
 
 
 def deltas(out: jax.Array, lse: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:

@@ -45,6 +45,7 @@ from pallas_kernels.flash_attention.mosaic_gpu.plane import (
     broadcast_index,
     cost_estimate,
     deltas,
+    pad,
     prepare,
     row_stats,
     sink_gradient,
@@ -525,8 +526,14 @@ def _prepare(*arguments, transposed: bool = False, dout=None, rows=()):
         transposed=transposed,
         hide_tail=not transposed,  # as rows of dK and dV, keys from S on are not stored
         dout=dout,
-        stats=row_stats(*rows, block_q=arguments[-2]) if rows else None,
+        stats=_flat(row_stats(*rows, block_q=arguments[-2])) if rows else None,
     )
+
+
+def _flat(stats: jax.Array) -> jax.Array:
+    """[B, N, tiles, width]: cp.async copies whole vectors, and at least one number a thread."""
+    stats = stats.reshape(*stats.shape[:3], -1)
+    return pad(stats, {3: max(stats.shape[3], 128)})
 
 
 def forward(

@@ -66,7 +66,10 @@ class Walk(NamedTuple):
     sm: Any
 
     def item(self, b: Any, n: Any, row: Any) -> Item:
-        live, mixed, *runs = (_entry(self.work.rows, b, n, row, field) for field in range(6))
+        def number(field: int, known: int | None) -> Any:
+            return _entry(self.work.rows, b, n, row, field) if known is None else jnp.int32(known)
+
+        live, mixed, *runs = itertools.starmap(number, enumerate(_constants(self.schedule)))
         return Item(b, n, row, live, mixed, runs)
 
     def column(self, item: Item, step: Any) -> Any:
@@ -74,9 +77,12 @@ class Walk(NamedTuple):
         order = functools.partial(_entry, self.work.order, item.b, item.n, item.row)
         return self.schedule.column(step, item.runs, order)
 
-    def for_each(self, do: Callable[[Item, Any], Any], carry: Any) -> Any:
-        """carry = do(item, carry) for this multiprocessor's items, `item` being that of a group's first head. The next
-        one is read while this one is worked on: two reads that depend on each other take a microsecond."""
+    def for_each(self, do: Callable[[Item, Any], Any], carry: Any, ahead: bool = True) -> Any:
+        """carry = do(item, carry) for this multiprocessor's items, `item` being that of a group's first head.
+
+        With `ahead` the next one is read while this one is worked on, which takes registers: two reads that depend on
+        each other take a microsecond.
+        """
         rounds, rows = self.work.items.shape[0], self.schedule.live.shape[-1]
         heads = self.N // self.group
 
@@ -84,6 +90,13 @@ class Walk(NamedTuple):
             number = jnp.maximum(number, 0)
             b, head, row = number // (heads * rows), number // rows % heads, number % rows
             return self.item(b, head * self.group, row)
+
+        def now(r, carry):
+            number = self.work.items[r, self.sm]
+            return lax.cond(number >= 0, lambda: do(numbered(number), carry), lambda: carry)
+
+        if not ahead:
+            return lax.fori_loop(0, rounds, now, carry)
 
         def one(r, state):
             number, item, carry = state
@@ -94,6 +107,13 @@ class Walk(NamedTuple):
 
         first = self.work.items[0, self.sm]
         return lax.fori_loop(0, rounds, one, (first, numbered(first), carry))[2]
+
+
+def _constants(schedule: Schedule) -> list[int | None]:
+    """Of the six numbers of a row of tiles, those that are the same for every row: registers saved."""
+    if schedule.runs is None or isinstance(schedule.live, jax.Array):
+        return [None] * 6
+    return [int(column[0]) if (column == column[0]).all() else None for column in _six(schedule)[0, 0].T]
 
 
 def _entry(ref: Any, b: Any, n: Any, *rest: Any) -> Any:
@@ -109,15 +129,8 @@ def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int,
 
     A row without a live tile gets one that is hidden as a whole, so that every row has a first tile.
     """
-    xp: Any = np if isinstance(schedule.live, np.ndarray) else jnp
-    live, mixed = xp.maximum(schedule.live, 1), xp.where(schedule.live == 0, 1, schedule.mixed)
-    if schedule.runs is None:
-        runs = xp.zeros((*live.shape, 4), np.int32)
-    else:
-        unseen = (schedule.live[0, 0] == 0)[:, None]
-        runs = np.where(unseen, np.array([0, 1, 1, 1], np.int32), schedule.runs)[None, None]
-    rows = xp.concatenate([live[..., None], mixed[..., None], runs], axis=-1).astype(np.int32)
-    heads = N // group
+    rows = _six(schedule)
+    live, xp, heads = rows[..., 0], np if isinstance(rows, np.ndarray) else jnp, N // group
     costs = xp.broadcast_to(live, (B, N, live.shape[-1])).reshape(B, heads, group, -1).sum(2).reshape(-1)
     if isinstance(costs, np.ndarray):
         row_costs: Any = group * live[0, 0]
@@ -126,6 +139,18 @@ def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int,
         items = _snake(jnp.argsort(-costs, stable=True).astype(jnp.int32), num_sms)
     order = None if schedule.order is None else jnp.asarray(schedule.order)
     return Work(jnp.asarray(items), jnp.asarray(rows), order)
+
+
+def _six(schedule: Schedule) -> Any:
+    """[B|1, N|1, rows, 6]: live tiles, mixed tiles, and the four `runs` of each row of tiles."""
+    xp: Any = np if isinstance(schedule.live, np.ndarray) else jnp
+    unseen = schedule.live == 0
+    live, mixed = xp.maximum(schedule.live, 1), xp.where(unseen, 1, schedule.mixed)
+    if schedule.runs is None:
+        runs = xp.zeros((*live.shape, 4), np.int32)
+    else:
+        runs = np.where(unseen[..., None], np.array([0, 1, 1, 1], np.int32), schedule.runs[None, None])
+    return xp.concatenate([live[..., None], mixed[..., None], runs], axis=-1).astype(np.int32)
 
 
 @functools.lru_cache(256)

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flash_attention's backward pass for Hopper: five wgmma products a tile, one persistent kernel.
+
+    producer    copies:  K V    Q0 dO0   Q1 dO1 ...                     runs ahead through a ring of `stages` slots
+    consumers   for each tile:   S^T = K Q^T      dP^T = V dO^T          64 keys of the tile each
+                                 P^T = exp2(S^T - LSE)                   dV += P^T dO
+                                 dS^T = P^T * (dP^T - delta)             dK += dS^T Q
+                                 dS^T -> shared memory                   dQ  = dS K     64 rows or 64 columns each
+
+A block of two consumers owns 128 keys, walks through the tiles of queries that see them (and through the G query heads
+that share them), and keeps dK and dV in registers. Keys are the rows of a tile, so that P^T and dS^T leave the tensor
+cores as the left operands of dV and dK. dQ needs a sum over the keys of all blocks.
+
+That sum repeats bit for bit because it is one of integers. Row t of dQ is scaled to 32 bits by a bound that no order of
+summation can exceed, and TMA adds it up in memory:
+
+    |dQ[t]| / scale  <=  sum_j P[t, j] |dP[t, j] - delta[t]| |K[j]|  <=  (|dO[t]| max_j |V[j]| + |delta[t]|) max |K|
+
+Source: Dao, "FlashAttention-2", 2023, algorithm 2; Shah et al., "FlashAttention-3", 2024, appendix B.2 for the order of
+the products. Integers in place of an order of the blocks are ours.
+"""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_attention.config import Sm90Config
+from pallas_kernels.flash_attention.mosaic_gpu import ptx
+from pallas_kernels.flash_attention.mosaic_gpu import work as work_lib
+from pallas_kernels.flash_attention.mosaic_gpu.plane import (
+    At,
+    along_columns,
+    along_rows,
+    cost_estimate,
+    deltas,
+    prepare,
+    row_stats,
+    sink_gradient,
+    slopes,
+    tile_memory,
+)
+from pallas_kernels.flash_attention.mosaic_gpu.sm90 import L2_BYTES, ROWS, TILE, Accumulator, R
+from pallas_kernels.flash_attention.xla import Gradients
+from pallas_kernels.masks import Mask
+
+CONSUMERS = 2
+BLOCK_K = CONSUMERS * R
+# Registers of a thread of the producer and of the consumers, who hold dK, dV, S and dP.
+REGISTERS = 24, 240
+# The hardware barrier at which both consumers have written their half of dS.
+DS_WRITTEN = 8
+# The largest |dQ| as an integer; half of what int32 holds, for P and dS are rounded.
+LARGEST = 2.0**30
+# Below this bound a row's gradients are not told apart: LARGEST divided by it must be a float32.
+SMALLEST = 2.0**-96
+
+
+class _Shared(NamedTuple):
+    """Shared memory and barriers of a block. A slot is `full` when its copy has come, `free` when both have read it."""
+
+    k: Any  # [BLOCK_K, H]
+    v: Any  # [BLOCK_K, H]; at the end of an item dV, then dK leave from it
+    q: Any  # [stages, block_q, H]
+    dout: Any  # [stages, block_q, H]
+    stats: Any  # [stages, 3, block_q]: LSE, delta and the unit of dQ
+    ds: Any  # [2, BLOCK_K, block_q]: successive tiles take turns, so that one barrier a tile is enough
+    dq: Any  # [consumers, R, 64], int32
+    kv_full: Any
+    kv_free: Any
+    q_full: Any
+    dout_full: Any
+    free: Any
+
+
+def block_q(H: int) -> int:
+    """Rows of a tile: what the registers hold beside dK and dV."""
+    return 128 if H == 64 else 64
+
+
+def backward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    sink: jax.Array | None,
+    mask: Mask | None,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    config: Sm90Config,
+    num_sms: int,
+) -> Gradients:
+    """Gradients from the residuals (q, k, v, out, lse), for head dims up to 128."""
+    if bias is not None:
+        raise NotImplementedError("flash_attention sm90 has no gradient for bias; `supports` says so.")
+    (B, T, N, H), (_, S, K, Hv) = query.shape, value.shape
+    width = 64 if max(H, Hv) <= 64 else 128
+    rows_q, stages, G = block_q(width), config.backward_stages, N // K
+    delta = deltas(out, lse, dout, dlse)
+    unit, inverse = _units(key, value, dout, delta)
+    plane, schedule, ops = prepare(
+        *(query, key, value, None, None, mask, scale, soft_cap, rows_q, BLOCK_K),
+        acc=TILE,
+        copies_fill=True,
+        transposed=True,
+        widths=(width, width),
+        dout=dout,
+        stats=row_stats(lse, delta, unit, block_q=rows_q),
+    )
+    H, tile_type = width, (R, rows_q)
+    bytes_of_plane = 8 * plane.T * H * G  # q and dO in 16 bits, dQ in 32
+    work = work_lib.plan(schedule, B, N, num_sms, L2_BYTES // bytes_of_plane, group=G)
+    known = isinstance(schedule.live, np.ndarray)
+    some_mixed = not known or bool((schedule.mixed > 0).any() or (schedule.live == 0).any())
+    some_full = not known or bool((schedule.live > schedule.mixed).any())
+    leaves, tree = jax.tree.flatten((ops, work))
+
+    def flash_attention_sm90_backward(*refs):
+        ops, work = tree.unflatten(refs[: len(leaves)])
+        dq_gmem, dk_gmem, dv_gmem, *scratch = refs[len(leaves) :]
+        shared = _Shared(*scratch)
+        me, walk = lax.axis_index("warpgroup"), work_lib.Walk(work, schedule, N, G, lax.axis_index("sm"))
+
+        def for_each_head(item, do, carry):
+            """carry = do(item, carry) for the query heads of an item."""
+            if G == 1:
+                return do(item, carry)
+            return lax.fori_loop(0, G, lambda g, carry: do(walk.item(item.b, item.n + g, item.row), carry), carry)
+
+        def head(n):
+            return pl.ds(n * H, H)
+
+        @pl.when(me == CONSUMERS)
+        def producer():
+            plgpu.set_max_registers(REGISTERS[0], action="decrease")
+
+            def load_keys(item, step):
+                keys, group = pl.ds(item.row * BLOCK_K, BLOCK_K), head(item.n // G)
+                plgpu.barrier_wait(shared.kv_free)
+                plgpu.copy_gmem_to_smem(ops.key.at[item.b, keys, group], shared.k.at[0], shared.kv_full)
+                plgpu.copy_gmem_to_smem(ops.value.at[item.b, keys, group], shared.v.at[0], shared.kv_full)
+                return for_each_head(item, load_queries, step)
+
+            def load_queries(item, step):
+                def load(i, step):
+                    slot, col = lax.rem(step, stages), walk.column(item, i)
+                    queries = pl.ds(col * rows_q, rows_q)
+                    plgpu.barrier_wait(shared.free.at[slot])
+                    q, stats, dout = (x.at[slot] for x in (shared.q, shared.stats, shared.dout))
+                    q_full, dout_full = shared.q_full.at[slot], shared.dout_full.at[slot]
+                    plgpu.copy_gmem_to_smem(ops.query.at[item.b, queries, head(item.n)], q, q_full)
+                    plgpu.copy_gmem_to_smem(ops.stats.at[item.b, item.n, col], stats, q_full)
+                    plgpu.copy_gmem_to_smem(ops.dout.at[item.b, queries, head(item.n)], dout, dout_full)
+                    return step + 1
+
+                return lax.fori_loop(0, item.live, load, step)
+
+            walk.for_each(load_keys, jnp.int32(0))
+
+        def consumer(me):
+            plgpu.set_max_registers(REGISTERS[1], action="increase")
+            plgpu.barrier_arrive(shared.kv_free)
+            for slot in range(stages):
+                plgpu.barrier_arrive(shared.free.at[slot])
+            own = pl.ds(me * R, R)
+            dq_smem = shared.dq.at[me]
+
+            def tile(item, dk, dv, masked, i, step):
+                slot, turn, col = lax.rem(step, stages), lax.rem(step, 2), walk.column(item, i)
+                zero = lax.shift_right_logical(step + col, 30)
+                k, v = shared.k.at[zero, own], shared.v.at[zero, own]
+
+                def along_queries(number):
+                    x = plgpu.load(shared.stats.at[slot, number], layout=TILE.reduce(0))
+                    return along_columns(x, tile_type)
+
+                def slopes_of_tile(s, dp):
+                    """dS^T / scale [R, block_q], left in shared memory too; dV += P^T dO on the way."""
+                    plgpu.barrier_wait(shared.q_full.at[slot])
+                    plgpu.wgmma(s, k, shared.q.at[slot].transpose((1, 0)))
+                    plgpu.barrier_wait(shared.dout_full.at[slot])
+                    plgpu.wgmma(dp, v, shared.dout.at[slot].transpose((1, 0)))
+                    x, slope = plgpu.wgmma_accumulator_load(s, wait_n=1), None
+                    if masked or not plane.plain:
+                        at = At(item.b, item.n, item.row * BLOCK_K + me * R + zero, col * rows_q)
+                        x, slope = plane.logits(x, ops, at, masked)
+                    p = jnp.exp2(x * plane.unit - along_queries(0))
+                    plgpu.wgmma(dv, p.astype(query.dtype), shared.dout.at[slot])
+                    ds = slopes(p, plgpu.wgmma_accumulator_load(dp, wait_n=1), along_queries(1), slope)
+                    ds = ds.astype(query.dtype)
+                    shared.ds.at[turn, own][...] = ds
+                    plgpu.commit_smem()
+                    ptx.named_barrier_wait(jnp.int32(DS_WRITTEN), CONSUMERS * 128)
+                    return ds
+
+                def scores(s):
+                    return pl.run_scoped(functools.partial(slopes_of_tile, s), accumulator)
+
+                accumulator = Accumulator(tile_type, jnp.float32)
+                ds = pl.run_scoped(scores, accumulator)
+                # dQ is a tile of 64 x 64 for each consumer: its rows of 128, or its columns of 128.
+                q_rows = pl.ds(me * R, R) if rows_q == 128 else pl.ds(0, R)
+                q_cols = pl.ds(0, 64) if rows_q == 128 else pl.ds(me * 64, 64)
+
+                def gradient_of_queries(dq):
+                    plgpu.wgmma(dq, shared.ds.at[turn, :, q_rows].transpose((1, 0)), shared.k.at[zero, :, q_cols])
+                    plgpu.wgmma(dk, ds, shared.q.at[slot])
+                    return plgpu.wgmma_accumulator_load(dq, wait_n=1)
+
+                dq = pl.run_scoped(gradient_of_queries, Accumulator((R, 64), jnp.float32))
+                unit = plgpu.load(shared.stats.at[slot, 2, q_rows], layout=ROWS)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                dq_smem[...] = (dq * along_rows(unit, (R, 64))).astype(jnp.int32)
+                plgpu.commit_smem()
+                rows, cols = pl.ds(col * rows_q + q_rows.start, R), pl.ds(item.n * H + q_cols.start, 64)
+                plgpu.copy_smem_to_gmem(dq_smem, dq_gmem.at[item.b, rows, cols], reduction_op="add")
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(shared.free.at[slot])
+                return step + 1
+
+            def do(item, step):
+                plgpu.barrier_wait(shared.kv_full)
+
+                def tiles(dk, dv):
+                    def tiles_of_head(item, step):
+                        if some_mixed:
+                            step = lax.fori_loop(0, item.mixed, functools.partial(tile, item, dk, dv, True), step)
+                        if some_full:
+                            start = item.mixed if some_mixed else 0
+                            step = lax.fori_loop(start, item.live, functools.partial(tile, item, dk, dv, False), step)
+                        return step
+
+                    step_after = for_each_head(item, tiles_of_head, step)
+                    return dk[...], dv[...], step_after
+
+                dk, dv, step = pl.run_scoped(tiles, *[Accumulator((R, H), jnp.float32)] * 2)
+                v = shared.v.at[0, own]
+                # Nobody but this consumer reads its rows of V: its gradients leave from there.
+                rows, group = pl.ds(item.row * BLOCK_K + me * R, R), head(item.n // G)
+                for gradient, gmem in ((dv, dv_gmem), (dk * scale, dk_gmem)):
+                    v[...] = gradient.astype(query.dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(v, gmem.at[item.b, rows, group])
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(shared.kv_free)
+                return step
+
+            walk.for_each(do, jnp.int32(0), ahead=False)
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.when(me < CONSUMERS)(functools.partial(consumer, me))
+
+    memory = functools.partial(tile_memory, dtype=query.dtype)
+    scratch = _Shared(
+        k=memory(1, BLOCK_K, H),
+        v=memory(1, BLOCK_K, H),
+        q=memory(stages, rows_q, H),
+        dout=memory(stages, rows_q, H),
+        stats=plgpu.SMEM((stages, 3, rows_q), jnp.float32),
+        ds=memory(2, BLOCK_K, rows_q),
+        dq=_int32_tile_memory(CONSUMERS, R, 64),
+        kv_full=plgpu.Barrier(num_arrivals=2),
+        kv_free=plgpu.Barrier(num_arrivals=CONSUMERS),
+        q_full=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        dout_full=plgpu.Barrier(num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+    )
+    new = "cost_estimate" in inspect.signature(plgpu.kernel).parameters  # jax 0.12
+    extra: dict[str, Any] = {"cost_estimate": cost_estimate(plane, products=5)} if new else {}
+    dq = jax.new_ref(jnp.zeros((B, ops.query.shape[1], N * H), jnp.int32))
+    dk, dv = plgpu.kernel(
+        flash_attention_sm90_backward,
+        out_type=(jax.ShapeDtypeStruct(ops.key.shape, query.dtype), jax.ShapeDtypeStruct(ops.value.shape, query.dtype)),
+        scratch_types=list(scratch),
+        grid=(num_sms,),
+        grid_names=("sm",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        # No thread reads what it wrote to shared memory; the barriers above order all that is exchanged.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        **extra,
+    )(*leaves, dq)
+    heads_of_queries = dq[...].reshape(B, -1, N, H)[:, :T, :, : query.shape[3]]
+    inverse = jnp.swapaxes(inverse, 1, 2)[..., None] * scale
+    return Gradients(
+        (heads_of_queries.astype(jnp.float32) * inverse).astype(query.dtype),
+        dk.reshape(B, -1, K, H)[:, :S, :, : key.shape[3]],
+        dv.reshape(B, -1, K, H)[:, :S, :, :Hv],
+        None,
+        sink_gradient(sink, lse, delta),
+    )
+
+
+def _units(key: jax.Array, value: jax.Array, dout: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By what a row of dQ / scale is multiplied to be integers, and the inverse of it, [B, N, T]."""
+    G = delta.shape[1] // key.shape[2]
+
+    def per_head(x):  # [B, K] -> [B, N, 1]
+        return jnp.repeat(x, G, axis=1)[:, :, None]
+
+    def norm(x):  # [B, L, heads, H] -> [B, heads, L]
+        return jnp.swapaxes(jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=3)), 1, 2)
+
+    largest_key = per_head(jnp.max(jnp.abs(key), axis=(1, 3)).astype(jnp.float32))
+    largest_value = per_head(jnp.max(norm(value), axis=2))
+    bound = (norm(dout) * largest_value + jnp.abs(delta)) * largest_key
+    bound = jnp.maximum(bound, SMALLEST)  # NaN stays NaN, and makes dQ NaN
+    return LARGEST / bound, bound / LARGEST
+
+
+def _int32_tile_memory(*shape: int) -> Any:
+    tiling: Any = plgpu.TilingTransform
+    swizzling: Any = plgpu.SwizzleTransform
+    return plgpu.SMEM(shape, jnp.int32, transforms=(tiling((8, 32)), swizzling(128)))
