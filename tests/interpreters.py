@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run Pallas kernels on the CPU, with their memory spaces, barriers and copies simulated and races looked for.
 
-What the Mosaic GPU interpreter does not do is refused by it with NotImplementedError: cp.async, semaphores, inline
-PTX. It does not notice a missing wait before or after wgmma; only a GPU does. A deadlock hangs for ever: mark such
-tests `@pytest.mark.timeout(60, method="thread")`.
+What JAX's Mosaic GPU interpreter leaves out and our kernels need is added in `_MosaicGpuRules`: accumulators in
+`pl.run_state`, left operands in registers, copies that add, `mma`. What it still lacks it refuses with
+NotImplementedError: cp.async, semaphores, inline PTX without a stand-in. It does not notice a missing wait before or
+after wgmma; only a GPU does. A deadlock hangs for ever: mark such tests `@pytest.mark.timeout(60, method="thread")`.
 """
 
 import contextlib
+import functools
+import inspect
 import io
+import threading
 from collections.abc import Iterator
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 
 
 class RaceDetected(AssertionError):
@@ -18,13 +24,21 @@ class RaceDetected(AssertionError):
 
 
 @contextlib.contextmanager
-def mosaic_gpu(**options) -> Iterator[None]:
-    """Kernels built inside run in the Mosaic GPU interpreter; `options` are InterpretGPUParams' own."""
+def mosaic_gpu(*, detect_races: bool = True, **options) -> Iterator[None]:
+    """Kernels built inside run in the Mosaic GPU interpreter; `options` are InterpretGPUParams' own.
+
+    Several simulated CPU devices are needed (tests/conftest.py): with one, threads that wait at barriers can take all
+    of XLA's.
+    """
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the reset is not exported
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    params = plgpu.InterpretGPUParams(detect_races=True, **options)
-    with _watching(gpu_callbacks.reset_gpu_interpret_mode_state), plgpu.force_gpu_interpret_mode(params):
+    params = plgpu.InterpretGPUParams(detect_races=detect_races, **options)
+    with (
+        _watching(gpu_callbacks.reset_gpu_interpret_mode_state),
+        plgpu.force_gpu_interpret_mode(params),
+        _MosaicGpuRules().installed(),
+    ):
         yield
 
 
@@ -55,3 +69,249 @@ def _watching(reset) -> Iterator[None]:
     if "RACE DETECTED" in printed.getvalue():
         reset()
         raise RaceDetected(printed.getvalue())
+
+
+class _MosaicGpuRules:
+    """Rules for what JAX's interpreter has none for. All of it is private to JAX: nothing is exported to extend it."""
+
+    def __init__(self):
+        from jax._src import core as jax_core
+        from jax._src.pallas.mosaic_gpu import core as gpu_core
+        from jax._src.pallas.mosaic_gpu import primitives
+        from jax._src.pallas.mosaic_gpu.interpret import (
+            gpu_callbacks,
+            jaxpr_interpret,
+            race_detection_state,
+            shared_memory,
+        )
+        from jax._src.state import discharge
+        from jax._src.state import types as state_types
+
+        self.core, self.callbacks, self.memory, self.state = jax_core, gpu_callbacks, shared_memory, state_types
+        self.races = race_detection_state.GPURaceDetectionState
+        self.primitives, self.registers = primitives, gpu_core.MemorySpace.REGS
+        self.interpreter = jaxpr_interpret.JaxprInterpreter
+        self.resolve = jaxpr_interpret.resolve_ref
+        self.rules = {discharge.run_state_p: self.run_state, primitives.wgmma_ref_p: self.wgmma}
+        self.rules |= {primitives.mma_p: self.mma, primitives.inline_mgpu_p: self.inline}
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        interpret, copy = self.interpreter.interpret, self.callbacks.copy_smem_to_gmem
+        with (
+            mock.patch.object(self.interpreter, "interpret", functools.partialmethod(_interpret, self, interpret)),
+            mock.patch.object(self.callbacks, "copy_smem_to_gmem", self.copying(copy)),
+            self.racing_beyond_registers(),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def racing_beyond_registers(self) -> Iterator[None]:
+        """Registers belong to one thread; the detector does not expect any but accumulators there."""
+        state, registers = self.races, self.memory.get_memory_space_idx(self.registers)
+
+        def unless_registers(check):
+            def checked(races, thread, clock, key, *rest, **options):
+                if key.memory_space_id != registers:
+                    check(races, thread, clock, key, *rest, **options)
+
+            return checked
+
+        with (
+            mock.patch.object(state, "check_read", unless_registers(state.check_read)),
+            mock.patch.object(state, "check_write", unless_registers(state.check_write)),
+        ):
+            yield
+
+    def has_rule(self, eqn) -> bool:
+        if eqn.primitive is self.primitives.wgmma_ref_p:
+            return not isinstance(eqn.invars[1].aval, self.state.AbstractRef)
+        if eqn.primitive is self.primitives.inline_mgpu_p:
+            return eqn.params["mgpu_fn"].__name__ in ("bar_op", *_STAND_INS)
+        return eqn.primitive in self.rules
+
+    def run_state(self, interpreter, eqn, token, values):
+        """References that live for the length of a jaxpr, from their first values to their last."""
+        assert all(eqn.params["is_initialized"])
+        # A reference among the inputs is one that the jaxpr closes over, not a value to make one of.
+        made = [not isinstance(atom.aval, self.state.AbstractRef) for atom in eqn.invars]
+        keys = []
+        for value, make in zip(values, made, strict=True):
+            token, key = self.allocate(interpreter, eqn, token, value) if make else (token, value)
+            keys.append(key)
+        token, _ = interpreter.interpret(eqn.params["jaxpr"], token, *keys)
+        last = []
+        for key, make, variable in zip(keys, made, eqn.outvars, strict=True):
+            if make:
+                token, value = self.read(interpreter, eqn, token, key, variable.aval)
+                token = self.free(interpreter, eqn, token, key)
+            last.append(value if make else key)
+        return token, last
+
+    def wgmma(self, interpreter, eqn, token, values):
+        """acc += a @ b with `a` in registers: put where the interpreter's own rule expects it."""
+        acc, a, b, *leaves = values
+        trees = [eqn.params[f"{name}_transforms_tree"] or jax.tree.structure([]) for name in ("acc", "a", "b")]
+        transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
+        acc, acc_transforms = self.resolve(eqn.invars[0].aval, acc, transforms[0])
+        b, b_transforms = self.resolve(eqn.invars[2].aval, b, transforms[2])
+        token, key = self.allocate(interpreter, eqn, token, a)
+        token = self.call(
+            interpreter,
+            eqn,
+            token,
+            self.callbacks.wgmma,
+            acc_allocation_key_as_array=acc,
+            acc_transforms=acc_transforms,
+            a_allocation_key_as_array=key,
+            a_transforms=(),
+            b_allocation_key_as_array=b,
+            b_transforms=b_transforms,
+        )
+        return self.free(interpreter, eqn, token, key), []
+
+    def mma(self, interpreter, eqn, token, values):
+        acc, a, b = values
+        return token, acc + jnp.matmul(a, b, preferred_element_type=acc.dtype)
+
+    def inline(self, interpreter, eqn, token, values):
+        function, values = eqn.params["mgpu_fn"], values[: eqn.params["pytree_args"].num_leaves]
+        if function.__name__ != "bar_op":
+            return token, _STAND_INS[function.__name__](eqn, *values)
+        closure = inspect.getclosurevars(function).nonlocals
+        token = self.callbacks.call_named_barrier(
+            token,
+            interpreter.mesh_location,
+            interpreter.thread,
+            *values,
+            num_threads=closure["num_threads"],
+            sync=closure["operation"] == "sync",
+            source_info=eqn.source_info,
+        )
+        return token, []
+
+    def allocate(self, interpreter, eqn, token, value):
+        token, request = self.callbacks.call_make_allocation_request_array(
+            token=token,
+            compute_unit=interpreter.thread,
+            memory_space_id=self.memory.get_memory_space_idx(self.registers),
+            initial_ref_count=1,
+        )
+        return self.callbacks.call_allocate_buffer(
+            token=token,
+            mesh_location=interpreter.mesh_location,
+            thread=interpreter.thread,
+            allocation_request_as_array=request,
+            value=value,
+            source_info=eqn.source_info,
+        )
+
+    def read(self, interpreter, eqn, token, key, aval):
+        read = functools.partial(self.callbacks.wgmma_accumulator_deref, wait_n=0)
+        shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        return self.call(interpreter, eqn, token, read, shape, acc_allocation_key_as_array=key)
+
+    def free(self, interpreter, eqn, token, key):
+        return self.callbacks.call_deallocate_buffer(
+            token=token,
+            mesh_location=interpreter.mesh_location,
+            thread=interpreter.thread,
+            allocation_key_as_array=key,
+            source_info=eqn.source_info,
+        )
+
+    def call(self, interpreter, eqn, token, function, *results, **arguments):
+        token_shape = self.callbacks.TOKEN_SHAPE_DTYPE
+        return jax.experimental.io_callback(
+            functools.partial(function, source_info=eqn.source_info),
+            (token_shape, *results) if results else token_shape,
+            token=token,
+            mesh_location=interpreter.mesh_location,
+            thread=interpreter.thread,
+            **arguments,
+        )
+
+    def copying(self, copy):
+        """copy_smem_to_gmem with reduction_op="add" too."""
+        adding, lock = self.adding_task(), threading.Lock()
+
+        def copy_smem_to_gmem(*, reduction_op, **arguments):
+            if reduction_op is None:
+                return copy(reduction_op=None, **arguments)
+            assert reduction_op == "add", reduction_op
+            with lock, mock.patch.object(self.callbacks, "AsyncCopySmemToGmemTask", adding):
+                return copy(reduction_op=None, **arguments)
+
+        return copy_smem_to_gmem
+
+    def adding_task(self):
+        callbacks = self.callbacks
+
+        class Adding(callbacks.AsyncCopySmemToGmemTask):
+            """Adds to what is there. Any order of additions is right, so that they are no race with each other."""
+
+            def __call__(self, tma_thread_id: int):
+                shared_memory = callbacks._get_shared_memory()
+                shape = tuple(shared_memory.buffer_shape_and_dtype(self.dst_allocation_key).shape)
+                self.pre_read(tma_thread_id, shared_memory)
+                read = functools.partial(
+                    shared_memory.get_buffer_content, thread=self.thread, logging_info=self.logging_info
+                )
+                value, _, _ = read(self.src_allocation_key, self.src_access)
+                if shared_memory.detect_races:
+                    self.clock.inc(tma_thread_id)
+                    self.write_clock = self.clock.copy()
+                store = callbacks._clip_store_to_shape(self.dst_access, value, shape)
+                if store is not None:
+                    access, value = store
+                    before, _, _ = read(self.dst_allocation_key, access)
+                    shared_memory.store_buffer_content(
+                        self.dst_allocation_key,
+                        access,
+                        before + value,
+                        self.thread,
+                        logging_info=self.logging_info,
+                    )
+                self.post_write(tma_thread_id, shared_memory)
+
+        return Adding
+
+
+def _interpret(interpreter, rules: _MosaicGpuRules, interpret, jaxpr, token, *arguments):
+    """JaxprInterpreter.interpret, with `rules` for the equations that they are for."""
+    if not any(map(rules.has_rule, jaxpr.eqns)):
+        return interpret(interpreter, jaxpr, token, *arguments)
+    core, values = rules.core, dict(zip([*jaxpr.constvars, *jaxpr.invars], arguments, strict=True))
+
+    def read(atom):
+        return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        inputs = [read(atom) for atom in eqn.invars]
+        if rules.has_rule(eqn):
+            token, outputs = rules.rules[eqn.primitive](interpreter, eqn, token, inputs)
+            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        else:
+            variables = list(dict.fromkeys(atom for atom in eqn.invars if not isinstance(atom, core.Literal)))
+            outvars = [v for v in eqn.outvars if not isinstance(v, core.DropVar)]
+            alone = core.Jaxpr([], variables, outvars, [eqn], eqn.effects, jaxpr.debug_info)
+            token, some = interpret(interpreter, alone, token, *(values[v] for v in variables))
+            named = dict(zip(outvars, some, strict=True))
+            outputs = [named.get(v) for v in eqn.outvars]
+        values.update(zip(eqn.outvars, outputs, strict=True))
+    return token, [read(atom) for atom in jaxpr.outvars]
+
+
+def _relabel(eqn, x):
+    """sm80._to_left: the same numbers, cut in pieces and rounded."""
+    pieces = eqn.params["flat_ret_ty"]
+    width = pieces[0].shape[1]
+    return [x[:, i * width : (i + 1) * width].astype(piece.dtype) for i, piece in enumerate(pieces)]
+
+
+def _any_positive(eqn, rows):
+    return [jnp.any(rows > 0).astype(jnp.int32)]
+
+
+# What functions of inline instructions mean, by name.
+_STAND_INS = {"relabel": _relabel, "any_positive": _any_positive}

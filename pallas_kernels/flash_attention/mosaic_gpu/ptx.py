@@ -24,19 +24,19 @@ def named_barrier_wait(index: jax.Array, threads: int) -> None:
     _named_barrier("sync", index, threads)
 
 
-def _named_barrier(operation: str, index: jax.Array, threads: int) -> None:
-    def emit(_, index):
-        mgpu.utils.inline_ptx(f"bar.{operation} $0, {threads};", index.registers[()])
+def _named_barrier(operation: str, index: jax.Array, num_threads: int) -> None:
+    def bar_op(_, index):
+        mgpu.utils.inline_ptx(f"bar.{operation} $0, {num_threads};", index.registers[()])
 
     inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
-    inline(emit)(index)
+    inline(bar_op)(index)
 
 
 def warp_any_positive(rows: jax.Array) -> jax.Array:
     """1 if some of a warp's rows is positive, else 0. The same within a warp, not within a warpgroup: branch on it
     only over arithmetic that threads do each for themselves."""
 
-    def emit(_, rows):
+    def any_positive(_, rows):
         i32 = ir.IntegerType.get_signless(32)
         # A thread of a wgmma accumulator holds two rows.
         first, second = (_scalar(register, i32) for register in rows.registers.flat)
@@ -49,7 +49,7 @@ def warp_any_positive(rows: jax.Array) -> jax.Array:
 
     scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
     inline: Any = plgpu.inline_mgpu(arg_types=(ROWS,), return_type=scalar)
-    return inline(emit)(rows)
+    return inline(any_positive)(rows)
 
 
 def _scalar(register, i32):

@@ -143,6 +143,11 @@ def forward(
                 return lax.fori_loop(0, item.live, load, step)
 
             walk.for_each(do, jnp.int32(0))
+            # Nothing is left to load; barriers are left as they were found.
+            plgpu.barrier_wait(shared.q_free)
+            for slot in range(stages):
+                plgpu.barrier_wait(shared.k_free.at[slot])
+                plgpu.barrier_wait(shared.v_free.at[slot])
 
         @pl.when(me < consumers)
         def consumer():

@@ -167,6 +167,10 @@ def backward(
                 return lax.fori_loop(0, item.live, load, step)
 
             walk.for_each(load_keys, jnp.int32(0))
+            # Nothing is left to load; barriers are left as they were found.
+            plgpu.barrier_wait(shared.kv_free)
+            for slot in range(stages):
+                plgpu.barrier_wait(shared.free.at[slot])
 
         def consumer(me):
             plgpu.set_max_registers(REGISTERS[1], action="increase")
@@ -278,8 +282,7 @@ def backward(
     )
     new = "cost_estimate" in inspect.signature(plgpu.kernel).parameters  # jax 0.12
     extra: dict[str, Any] = {"cost_estimate": cost_estimate(plane, products=5)} if new else {}
-    dq = jax.new_ref(jnp.zeros((B, ops.query.shape[1], N * H), jnp.int32))
-    dk, dv = plgpu.kernel(
+    call = plgpu.kernel(
         flash_attention_sm90_backward,
         out_type=(jax.ShapeDtypeStruct(ops.key.shape, query.dtype), jax.ShapeDtypeStruct(ops.value.shape, query.dtype)),
         scratch_types=list(scratch),
@@ -290,8 +293,17 @@ def backward(
         # No thread reads what it wrote to shared memory; the barriers above order all that is exchanged.
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         **extra,
-    )(*leaves, dq)
-    heads_of_queries = dq[...].reshape(B, -1, N, H)[:, :T, :, : query.shape[3]]
+    )
+
+    # The rule that Pallas has for vmap does not know an array that is both input and output.
+    @jax.custom_batching.sequential_vmap
+    def run(*leaves):
+        dq = jax.new_ref(jnp.zeros((B, ops.query.shape[1], N * H), jnp.int32))
+        dk, dv = call(*leaves, dq)
+        return dq[...], dk, dv
+
+    dq, dk, dv = run(*leaves)
+    heads_of_queries = dq.reshape(B, -1, N, H)[:, :T, :, : query.shape[3]]
     inverse = jnp.swapaxes(inverse, 1, 2)[..., None] * scale
     return Gradients(
         (heads_of_queries.astype(jnp.float32) * inverse).astype(query.dtype),

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels for NVIDIA GPUs in the interpreter, which looks for races: Hopper's, and Ampere's with Hopper's copies.
+
+The GPU has two multiprocessors, so that each of them works on several items. What the interpreter cannot see, a missing
+wait for a product, only `pytest -m gpu` can.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import flash_attention
+from pallas_kernels.core import device
+from pallas_kernels.core.arrays import arrays_of, with_arrays
+from pallas_kernels.flash_attention import reference
+from pallas_kernels.flash_attention.config import Sm80Config, Sm90Config
+from pallas_kernels.flash_attention.mosaic_gpu import sm90_backward
+from pallas_kernels.flash_attention.shapes import SHAPES, Shape, causal, everything
+from tests import conformance, interpreters
+
+HOPPER = dataclasses.replace(device.H100, num_cores=2)
+
+
+def everything_but_bias(shape, random):
+    return {name: value for name, value in everything(shape, random).items() if name != "bias"}
+
+
+# What takes a path of its own: one and several tiles, ragged tails, rows that see nothing, grouped heads, schedules
+# known while tracing and not, padded heads, and each width of heads with its own tiles.
+CASES = {name: SHAPES[name] for name in ("ragged_113_203", "causal_tall_200_70", "mqa_packed_300", "head_dim_72")} | {
+    "full": Shape(1, 130, 200, 2, 2, 128),
+    "grouped": Shape(1, 130, 300, 4, 2, 128, extras=causal),
+    "everything_but_bias": Shape(2, 90, 150, 4, 2, 48, 56, extras=everything_but_bias),
+}
+pytestmark = pytest.mark.timeout(120, method="thread")
+
+
+def check(shape: Shape, config: Sm80Config | Sm90Config, dtype="bfloat16", races: bool = True) -> None:
+    """Output, LSE and all gradients, as right as the naive way allows."""
+    arguments = shape.make(dtype, jax.random.key(0))
+    attend = functools.partial(flash_attention, return_lse=True, config=config)
+    implementation = "mosaic_gpu" if arguments.get("bias") is None else ("mosaic_gpu", "xla")  # the latter's gradient
+
+    def call(arrays):
+        return attend(**with_arrays(arguments, arrays), implementation=implementation)
+
+    with device.assume(HOPPER), interpreters.mosaic_gpu(detect_races=races):
+        conformance.assert_agrees(
+            call,
+            lambda arrays: reference.specified(with_arrays(arguments, arrays)),
+            lambda arrays: reference.naively(with_arrays(arguments, arrays)),
+            arrays_of(arguments),
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hopper(name):
+    check(CASES[name], Sm90Config())
+
+
+@pytest.mark.parametrize(
+    "config", [Sm90Config(3, stages=3, lazy_rescale=True), Sm90Config(block_k=64, stages=1, reuse_q=True)], ids=str
+)
+def test_tiles_of_hopper(config):
+    check(Shape(1, 330, 260, 2, 2, 64), config, "float16")
+
+
+def test_bias_on_hopper():
+    check(SHAPES["full_bias_60_75"], Sm90Config())
+
+
+# The detector wants a fence between a thread's own reads of shared memory and the copy that it then starts to the same
+# place. Hardware wants a barrier of the warpgroup, which Mosaic adds when it compiles, not when it interprets.
+@pytest.mark.parametrize("name", ["ragged_113_203", "mqa_packed_300", "everything_but_bias"])
+def test_ampere(name):
+    check(CASES[name], Sm80Config(block_q=64, block_k=32, dkv_block_q=32, dq_block_k=32), races=False)
+
+
+def test_wide_heads_mix_both():
+    """Hopper's forward pass, Ampere's backward pass: heads of 192 are too wide for the other."""
+    check(SHAPES["head_dims_192_128"], Sm90Config(block_k=64), races=False)
+
+
+def test_vmap():
+    shape = Shape(1, 70, 140, 2, 2, 64, extras=causal)
+    first, second = (arrays_of(shape.make("bfloat16", jax.random.key(seed))) for seed in (0, 1))
+    template = shape.make("bfloat16", jax.random.key(0))
+    arrays = [jnp.stack(pair) for pair in zip(first, second, strict=True)]
+
+    def of(method):
+        return jax.vmap(lambda arrays: method(with_arrays(template, arrays)))
+
+    def attend(arguments):
+        return flash_attention(**arguments, return_lse=True, implementation="mosaic_gpu", config=Sm90Config())
+
+    with device.assume(HOPPER), interpreters.mosaic_gpu():
+        conformance.assert_agrees(of(attend), of(reference.specified), of(reference.naively), arrays)
+
+
+def backward_of(shape: Shape, num_sms: int, **changes):
+    """The gradients of one call by Hopper's backward kernel, and its inputs."""
+    inputs = shape.make("bfloat16", jax.random.key(3)) | changes
+    out, lse = reference.naively(inputs)
+    random = np.random.default_rng(0)
+    dout, dlse = (jnp.asarray(random.standard_normal(x.shape), x.dtype) for x in (out, lse))
+
+    def run(query, key, value, out, lse, dout, dlse):
+        arguments = (query, key, value, None, None, inputs.get("mask"), out, lse, dout, dlse)
+        options = {"scale": shape.H**-0.5, "soft_cap": None, "config": Sm90Config(), "num_sms": num_sms}
+        return sm90_backward.backward(*arguments, **options)
+
+    with device.assume(HOPPER), interpreters.mosaic_gpu():
+        return jax.jit(run)(inputs["query"], inputs["key"], inputs["value"], out, lse, dout, dlse)
+
+
+def test_gradients_do_not_depend_on_who_adds_first():
+    shape = Shape(1, 150, 400, 2, 1, 64, extras=causal)
+    gradients = [backward_of(shape, num_sms) for num_sms in (1, 2, 3)]
+    for other in gradients[1:]:
+        jax.tree.map(np.testing.assert_array_equal, gradients[0], other)
+
+
+def test_what_is_not_a_number_stays_so():
+    shape = Shape(1, 70, 130, 2, 2, 64)
+    query = shape.make("bfloat16", jax.random.key(3))["query"].at[0, 5, 1].set(jnp.nan)
+    dq = backward_of(shape, 2, query=query).query
+    bad = np.isnan(np.asarray(dq, np.float32)).all(-1)
+    assert bad[0, 5, 1]
+    assert not bad[0, :, 0].any()
