@@ -101,6 +101,7 @@ class _MosaicGpuRules:
         with (
             mock.patch.object(self.interpreter, "interpret", functools.partialmethod(_interpret, self, interpret)),
             mock.patch.object(self.callbacks, "copy_smem_to_gmem", self.copying(copy)),
+            mock.patch.object(self.callbacks, "wgmma", self.watched(self.callbacks.wgmma)),
             self.racing_beyond_registers(),
         ):
             yield
@@ -231,16 +232,56 @@ class _MosaicGpuRules:
             **arguments,
         )
 
+    def watched(self, wgmma):
+        """wgmma whose reads of shared memory are checked: they are the asynchronous proxy's, as a TMA store's are. It
+        reads at once: a missing wait goes unnoticed, a missing fence does not if another warpgroup reads too."""
+        callbacks = self.callbacks
+
+        def checked(*, thread, source_info=None, **arguments):
+            shared_memory = callbacks._get_shared_memory()
+            if shared_memory.detect_races:
+                with shared_memory.lock:  # whoever waits for this thread later will know of the event
+                    clock, position = shared_memory.clocks[thread], shared_memory.thread_to_vc_position(thread)
+                    clock.generic_clock.inc(position)
+                    clock.async_smem_clock.clock[position] = clock.generic_clock.clock[position]
+                    proxy = clock.async_smem_clock.copy()
+                for operand in ("a", "b"):
+                    key = callbacks.HostAllocationKey.from_array(arguments[f"{operand}_allocation_key_as_array"])
+                    transforms = callbacks._remove_noop_transforms(arguments[f"{operand}_transforms"])
+                    access = shared_memory.access(key, jax.tree.map(int, transforms))
+                    callbacks.get_races().check_read(thread, proxy, key, access, source_info=source_info)
+            return wgmma(thread=thread, source_info=source_info, **arguments)
+
+        return checked
+
     def copying(self, copy):
         """copy_smem_to_gmem with reduction_op="add" too."""
-        adding, lock = self.adding_task(), threading.Lock()
+        callbacks, adding, lock = self.callbacks, self.adding_task(), threading.Lock()
+
+        def place(which, arguments):
+            key = callbacks.HostAllocationKey.from_array(arguments[f"{which}_allocation_key_as_array"])
+            transforms = jax.tree.map(int, callbacks._remove_noop_transforms(arguments[f"{which}_transforms"]))
+            return {
+                f"{which}_allocation_key": key,
+                f"{which}_access": callbacks._get_shared_memory().access(key, transforms),
+            }
 
         def copy_smem_to_gmem(*, reduction_op, **arguments):
             if reduction_op is None:
                 return copy(reduction_op=None, **arguments)
             assert reduction_op == "add", reduction_op
-            with lock, mock.patch.object(self.callbacks, "AsyncCopySmemToGmemTask", adding):
-                return copy(reduction_op=None, **arguments)
+            shared_memory, thread = callbacks._get_shared_memory(), arguments["thread"]
+            task = adding(
+                mesh_location=arguments["mesh_location"],
+                thread=thread,
+                **place("src", arguments),
+                **place("dst", arguments),
+                source_info=arguments["source_info"],
+                clock=shared_memory.incr_clock(thread) if shared_memory.detect_races else None,
+            )
+            with lock:
+                shared_memory.execute_async_task(task)
+            return arguments["token"]
 
         return copy_smem_to_gmem
 
