@@ -195,10 +195,10 @@ _SM90_SHAPES = {
     "gqa_32_8_2k": True,
     "d64_full_2k": True,
     "d64_causal_8k": False,
-    "head_dims_192_128": False,
-    "packed_16k": False,
-    "everything_90_150": False,
-    "full_bias_60_75": False,
+    "head_dims_192_128": True,
+    "packed_16k": True,
+    "everything_90_150": True,
+    "full_bias_60_75": True,
 }
 
 # The same for the backward kernel. With 64-wide heads and a mask registers are spilled, outside of its main loop.
@@ -206,7 +206,7 @@ _SM90_BACKWARD_SHAPES = {
     "d128_full_2k": True,
     "d128_causal_2k": True,
     "gqa_32_8_2k": True,
-    "packed_16k": False,
+    "packed_16k": True,
     "d64_full_2k": True,
     "d64_causal_8k": False,
     "mqa_packed_300": False,

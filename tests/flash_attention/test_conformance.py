@@ -23,9 +23,10 @@ class TestFlashAttention(conformance.Suite):
     implementations = ("xla", "mosaic_gpu")
     probe = "everything_90_150"
     probe_dtypes: ClassVar = {"mosaic_gpu": "bfloat16"}
+    config: ClassVar = None
 
     def call(self, arguments, implementation):
-        run = functools.partial(self.function, **arguments, return_lse=True)
+        run = functools.partial(self.function, **arguments, return_lse=True, config=self.config)
         if implementation == "mosaic_gpu" and arguments.get("bias") is not None:
             jax.eval_shape(functools.partial(run, implementation=implementation))  # what it refuses is a skip
             # It has no gradient for bias: that of another implementation goes with its forward pass.

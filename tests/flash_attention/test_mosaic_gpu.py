@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import flash_attention
+from pallas_kernels import flash_attention, masks
 from pallas_kernels.core import device
 from pallas_kernels.core.arrays import arrays_of, with_arrays
 from pallas_kernels.flash_attention import reference
@@ -21,6 +21,7 @@ from pallas_kernels.flash_attention.config import Sm80Config, Sm90Config
 from pallas_kernels.flash_attention.mosaic_gpu import sm90_backward
 from pallas_kernels.flash_attention.shapes import SHAPES, Shape, causal, everything
 from tests import conformance, interpreters
+from tests.flash_attention import test_conformance
 
 HOPPER = dataclasses.replace(device.H100, num_cores=2)
 
@@ -37,6 +38,30 @@ CASES = {name: SHAPES[name] for name in ("ragged_113_203", "causal_tall_200_70",
     "everything_but_bias": Shape(2, 90, 150, 4, 2, 48, 56, extras=everything_but_bias),
 }
 pytestmark = pytest.mark.timeout(120, method="thread")
+
+
+@pytest.mark.gpu
+class TestOnHopper(test_conformance.TestFlashAttention):
+    """Both passes by Hopper's kernels, on a GPU; without the config, the backward pass is Ampere's."""
+
+    implementations = ("mosaic_gpu",)
+    config = Sm90Config()
+
+    @pytest.fixture(autouse=True)
+    def _only_there(self):
+        if device.current().arch != "sm90":
+            pytest.skip(f"Hopper's kernels do not run on {device.current()}")
+
+    @pytest.mark.parametrize("large", ["d128_causal_2k", "gqa_32_8_2k", "d64_full_2k", "packed_16k"])
+    def test_gradients_repeat_ten_times(self, large):
+        arguments = SHAPES[large].make("bfloat16", jax.random.key(0))
+        call = self.of_arrays(arguments, "mosaic_gpu")
+        arrays = arrays_of(arguments)
+        run = jax.jit(functools.partial(conformance.value_and_gradients, call))
+        cotangents = conformance.random_cotangents(call, arrays, 0)
+        first = run(arrays, cotangents)
+        for _ in range(9):
+            jax.tree.map(np.testing.assert_array_equal, first, run(arrays, cotangents))
 
 
 def check(shape: Shape, config: Sm80Config | Sm90Config, dtype="bfloat16", races: bool = True) -> None:
@@ -122,6 +147,17 @@ def test_gradients_do_not_depend_on_who_adds_first():
     gradients = [backward_of(shape, num_sms) for num_sms in (1, 2, 3)]
     for other in gradients[1:]:
         jax.tree.map(np.testing.assert_array_equal, gradients[0], other)
+
+
+def test_padding_that_nobody_sees_does_not_coarsen_gradients():
+    """Integers of dQ are as fine as the largest key that is seen allows."""
+    shape = Shape(1, 70, 300, 2, 1, 64)
+    mask = masks.Lengths(jnp.asarray([120], jnp.int32))
+    clean = shape.make("bfloat16", jax.random.key(3))
+    dirty = {name: clean[name].at[:, 128:].set(1e30) for name in ("key", "value")}
+    expected, found = (backward_of(shape, 2, mask=mask, **changes) for changes in ({}, dirty))
+    np.testing.assert_array_equal(expected.query, found.query)
+    assert np.isfinite(np.asarray(found.key, np.float32)).all()
 
 
 def test_what_is_not_a_number_stays_so():

@@ -139,6 +139,12 @@ def broadcast_index(index: Any, size: int) -> Any:
     return index if size > 1 else 0
 
 
+def zero_of_step(number: jax.Array) -> jax.Array:
+    """0, if `number` is a count, and the compiler cannot tell. What is indexed with it inside a loop is computed there:
+    hoisted out, the descriptors of a product's operands and a mask's row numbers take the registers that tiles need."""
+    return lax.shift_right_logical(number, 30)
+
+
 def along_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """One number a row."""
     return lax.broadcast_in_dim(x, shape, (0,))
@@ -152,7 +158,7 @@ def along_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def prepare(
     query, key, value, bias, sink, mask, scale: float, soft_cap: float | None, block_q: int, block_k: int,
     *, acc: Any, copies_fill: bool, transposed: bool = False, hide_tail: bool = True,
-    widths: tuple[int, int] | None = None, dout=None, stats=None,
+    widths: tuple[int, int] | None = None, dout=None,
 ) -> tuple[Plane, tiles.Schedule, Operands]:
     """What a kernel with tiles of block_q x block_k (rows are keys if `transposed`) needs.
 
@@ -161,7 +167,7 @@ def prepare(
       copies_fill: whether its copies to shared memory fill what is out of bounds by 0; if not, arrays are whole tiles.
       hide_tail: whether keys from S on, which are zeros, have to be masked. Without it they have weight exp(0 - LSE).
       widths: to what H and Hv are padded; multiples of 16 by default.
-      dout, stats: of a backward pass; stats come from `row_stats`.
+      dout: of a backward pass, which brings `Operands.stats` too.
     """
     # fmt: on
     (B, T, N, H), (_, S, K, Hv) = query.shape, value.shape
@@ -187,7 +193,7 @@ def prepare(
         key=heads(key, H, block_k),
         value=heads(value, Hv, block_k),
         dout=None if dout is None else heads(dout, Hv, block_q),
-        stats=stats,
+        stats=None,
         sink=sink,
         bias=None if bias is None else whole_tiles(bias.reshape((1,) * (4 - bias.ndim) + bias.shape)),
         mask_rows=[whole_tiles(x[:, None, :, None]) for x in lowered.rows] if lowered else [],

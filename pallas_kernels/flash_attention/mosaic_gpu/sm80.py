@@ -519,15 +519,16 @@ def _backward_queries(plane: Plane, schedule: tiles.Schedule, ops: Operands, con
 def _prepare(*arguments, transposed: bool = False, dout=None, rows=()):
     """`plane.prepare` for this file's kernels; the last two of `arguments` are block_q and block_k. `rows` are the LSE
     and delta of a backward pass."""
-    return prepare(
+    plane, schedule, ops = prepare(
         *arguments,
         acc=plgpu.Layout.MMA_ACC(arguments[0].dtype),
         copies_fill=_copies().fill,
         transposed=transposed,
         hide_tail=not transposed,  # as rows of dK and dV, keys from S on are not stored
         dout=dout,
-        stats=_flat(row_stats(*rows, block_q=arguments[-2])) if rows else None,
     )
+    stats = _flat(row_stats(*rows, block_q=arguments[-2])) if rows else None
+    return plane, schedule, ops._replace(stats=stats)
 
 
 def _flat(stats: jax.Array) -> jax.Array:

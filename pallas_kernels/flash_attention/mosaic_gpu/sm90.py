@@ -34,7 +34,15 @@ from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.flash_attention.config import Sm90Config
 from pallas_kernels.flash_attention.mosaic_gpu import ptx, sm80
 from pallas_kernels.flash_attention.mosaic_gpu import work as work_lib
-from pallas_kernels.flash_attention.mosaic_gpu.plane import LOG2E, At, along_rows, cost_estimate, prepare, tile_memory
+from pallas_kernels.flash_attention.mosaic_gpu.plane import (
+    LOG2E,
+    At,
+    along_rows,
+    cost_estimate,
+    prepare,
+    tile_memory,
+    zero_of_step,
+)
 from pallas_kernels.masks import Mask
 
 R = 64  # rows of a wgmma, and so of a consumer
@@ -165,7 +173,9 @@ def forward(
                 """Online softmax of products x [R, C]: probabilities, maximum and sum of each row, and by what to
                 multiply earlier sums. m is in base 2. l is kept in 8 columns, summed up at the end."""
                 if masked or not plane.plain:
-                    at = At(item.b, item.n, item.row * block_q + me * R, walk.column(item, i) * block_k)
+                    col = walk.column(item, i)
+                    first_row = item.row * block_q + me * R + zero_of_step(col + i)
+                    at = At(item.b, item.n, first_row, col * block_k)
                     x, _ = plane.logits(x, ops, at, masked)
                 m_tile = jnp.max(x, axis=1) * unit
                 if config.lazy_rescale and not first:

@@ -45,6 +45,7 @@ from pallas_kernels.flash_attention.mosaic_gpu.plane import (
     sink_gradient,
     slopes,
     tile_memory,
+    zero_of_step,
 )
 from pallas_kernels.flash_attention.mosaic_gpu.sm90 import L2_BYTES, ROWS, TILE, Accumulator, R
 from pallas_kernels.flash_attention.xla import Gradients
@@ -65,8 +66,8 @@ SMALLEST = 2.0**-96
 class _Shared(NamedTuple):
     """Shared memory and barriers of a block. A slot is `full` when its copy has come, `free` when both have read it."""
 
-    k: Any  # [BLOCK_K, H]
-    v: Any  # [BLOCK_K, H]; at the end of an item dV, then dK leave from it
+    k: Any  # [1, BLOCK_K, H]
+    v: Any  # [1, BLOCK_K, H]; at the end of an item dV, then dK leave from it
     q: Any  # [stages, block_q, H]
     dout: Any  # [stages, block_q, H]
     stats: Any  # [stages, 3, block_q]: LSE, delta and the unit of dQ
@@ -108,7 +109,6 @@ def backward(
     width = 64 if max(H, Hv) <= 64 else 128
     rows_q, stages, G = block_q(width), config.backward_stages, N // K
     delta = deltas(out, lse, dout, dlse)
-    unit, inverse = _units(key, value, dout, delta)
     plane, schedule, ops = prepare(
         *(query, key, value, None, None, mask, scale, soft_cap, rows_q, BLOCK_K),
         acc=TILE,
@@ -116,8 +116,9 @@ def backward(
         transposed=True,
         widths=(width, width),
         dout=dout,
-        stats=row_stats(lse, delta, unit, block_q=rows_q),
     )
+    unit, inverse = _units(key, value, dout, delta, schedule.live)
+    ops = ops._replace(stats=row_stats(lse, delta, unit, block_q=rows_q))
     H, tile_type = width, (R, rows_q)
     bytes_of_plane = 8 * plane.T * H * G  # q and dO in 16 bits, dQ in 32
     work = work_lib.plan(schedule, B, N, num_sms, L2_BYTES // bytes_of_plane, group=G)
@@ -182,7 +183,7 @@ def backward(
 
             def tile(item, dk, dv, masked, i, step):
                 slot, turn, col = lax.rem(step, stages), lax.rem(step, 2), walk.column(item, i)
-                zero = lax.shift_right_logical(step + col, 30)
+                zero = zero_of_step(step + col)
                 k, v = shared.k.at[zero, own], shared.v.at[zero, own]
 
                 def along_queries(number):
@@ -314,19 +315,26 @@ def backward(
     )
 
 
-def _units(key: jax.Array, value: jax.Array, dout: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """By what a row of dQ / scale is multiplied to be integers, and the inverse of it, [B, N, T]."""
-    G = delta.shape[1] // key.shape[2]
+def _units(key, value, dout, delta: jax.Array, live: Any) -> tuple[jax.Array, jax.Array]:
+    """By what a row of dQ / scale is multiplied to be integers, and the inverse of it, [B, N, T].
 
-    def per_head(x):  # [B, K] -> [B, N, 1]
-        return jnp.repeat(x, G, axis=1)[:, :, None]
+    Args:
+      live: [B|1, N|1, tiles of keys], how many tiles see them: what lies in those that nobody sees, padding say, must
+        not coarsen the rest.
+    """
+    S, K = key.shape[1:3]
+    G = delta.shape[1] // K
+    seen = jnp.repeat(live > 0, BLOCK_K, axis=2)[:, :, :S]  # [B|1, N|1, S]
+    seen = jnp.broadcast_to(seen, (seen.shape[0], K * G, S)).reshape(-1, K, G, S).any(2)
+
+    def largest(x):  # [B, K, S] -> [B, N, 1]
+        return jnp.repeat(jnp.max(jnp.where(seen, x, 0), axis=2), G, axis=1)[:, :, None]
 
     def norm(x):  # [B, L, heads, H] -> [B, heads, L]
         return jnp.swapaxes(jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=3)), 1, 2)
 
-    largest_key = per_head(jnp.max(jnp.abs(key), axis=(1, 3)).astype(jnp.float32))
-    largest_value = per_head(jnp.max(norm(value), axis=2))
-    bound = (norm(dout) * largest_value + jnp.abs(delta)) * largest_key
+    largest_key = largest(jnp.swapaxes(jnp.max(jnp.abs(key), axis=3), 1, 2).astype(jnp.float32))
+    bound = (norm(dout) * largest(norm(value)) + jnp.abs(delta)) * largest_key
     bound = jnp.maximum(bound, SMALLEST)  # NaN stays NaN, and makes dQ NaN
     return LARGEST / bound, bound / LARGEST
 
