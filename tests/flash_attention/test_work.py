@@ -36,7 +36,7 @@ def test_every_item_is_dealt_once(mask, T, S, num_sms, group, transpose):
 
 @given(sizes, sizes, st.integers(1, 9), st.integers(1, 8))
 def test_nobody_has_more_than_an_item_too_much(T, S, num_sms, together):
-    """Dealt to the least loaded, nobody has more than the mean and one item. An item costs one tile more than it has."""
+    """Dealt to the least loaded, nobody has more than the mean and an item. An item costs one tile more than it has."""
     schedule, plan = planned(masks.Causal(), T, S, num_sms=num_sms, together=together)
     costs = np.append(costs_of(schedule, 2, 4, 1) + 1, 0)  # NO_ITEM is -1, the last
     loads = costs[np.asarray(plan.items)].sum(0)
