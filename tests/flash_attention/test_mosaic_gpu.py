@@ -19,7 +19,7 @@ from pallas_kernels.core.arrays import arrays_of, with_arrays
 from pallas_kernels.flash_attention import reference
 from pallas_kernels.flash_attention.config import Sm80Config, Sm90Config
 from pallas_kernels.flash_attention.mosaic_gpu import sm90_backward
-from pallas_kernels.flash_attention.shapes import SHAPES, Shape, causal, everything
+from pallas_kernels.flash_attention.shapes import SHAPES, Shape, causal, everything, normal
 from tests import conformance, interpreters
 from tests.flash_attention import test_conformance
 
@@ -126,12 +126,13 @@ def test_vmap():
         conformance.assert_agrees(of(attend), of(reference.specified), of(reference.naively), arrays)
 
 
-def backward_of(shape: Shape, num_sms: int, **changes):
-    """The gradients of one call by Hopper's backward kernel, and its inputs."""
+def backward_of(shape: Shape, num_sms: int, dout=None, dlse=None, **changes):
+    """The gradients of one call by Hopper's backward kernel; random cotangents unless given."""
     inputs = shape.make("bfloat16", jax.random.key(3)) | changes
     out, lse = reference.naively(inputs)
     random = np.random.default_rng(0)
-    dout, dlse = (jnp.asarray(random.standard_normal(x.shape), x.dtype) for x in (out, lse))
+    dout = normal(random, out.shape, out.dtype) if dout is None else dout
+    dlse = normal(random, lse.shape) if dlse is None else dlse
 
     def run(query, key, value, out, lse, dout, dlse):
         arguments = (query, key, value, None, None, inputs.get("mask"), out, lse, dout, dlse)
@@ -144,9 +145,22 @@ def backward_of(shape: Shape, num_sms: int, **changes):
 
 def test_gradients_do_not_depend_on_who_adds_first():
     shape = Shape(1, 150, 400, 2, 1, 64, extras=causal)
-    gradients = [backward_of(shape, num_sms) for num_sms in (1, 2, 3)]
-    for other in gradients[1:]:
-        jax.tree.map(np.testing.assert_array_equal, gradients[0], other)
+    jax.tree.map(np.testing.assert_array_equal, *[backward_of(shape, num_sms) for num_sms in (1, 3)])
+
+
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e15])
+def test_the_largest_gradient_there_can_be_fits_in_an_integer(size):
+    """Two halves of the keys, opposite in all: dP = +-|dO||V| and P = 1 / S, so that |dQ| = scale |dO||V||K|."""
+    shape = Shape(1, 64, 256, 1, 1, 64)
+    sign = jnp.where(jnp.arange(256) < 128, 1.0, -1.0)[None, :, None, None]
+    key = (3 * sign * jnp.eye(64)[7]).astype(jnp.bfloat16)
+    value = (2 * sign * jnp.eye(64)[9]).astype(jnp.bfloat16)
+    dout = jnp.zeros((1, 64, 1, 64), jnp.bfloat16).at[..., 9].set(size)
+    inputs = {"query": jnp.zeros((1, 64, 1, 64), jnp.bfloat16), "key": key, "value": value}
+    dq = backward_of(shape, 2, dout=dout, dlse=jnp.zeros((1, 1, 64)), **inputs).query
+    expected = np.zeros((1, 64, 1, 64))
+    expected[..., 7] = np.float64(dout[0, 0, 0, 9]) * 2 * 3 / 8
+    np.testing.assert_allclose(np.asarray(dq, np.float64), expected, rtol=2**-8)
 
 
 def test_padding_that_nobody_sees_does_not_coarsen_gradients():

@@ -14,7 +14,8 @@ cores as the left operands of dV and dK. dQ needs a sum over the keys of all blo
 That sum repeats bit for bit because it is one of integers. Row t of dQ is scaled to 32 bits by a bound that no order of
 summation can exceed, and TMA adds it up in memory:
 
-    |dQ[t]| / scale  <=  sum_j P[t, j] |dP[t, j] - delta[t]| |K[j]|  <=  (|dO[t]| max_j |V[j]| + |delta[t]|) max |K|
+    |dQ[t, h]| / scale  <=  sum_j P[t, j] |dP[t, j] - delta[t]| |K[j, h]|
+                        <=  (max_h |dO[t, h]| max_j sum_h |V[j, h]| + |delta[t]|) max |K|
 
 Source: Dao, "FlashAttention-2", 2023, algorithm 2; Shah et al., "FlashAttention-3", 2024, appendix B.2 for the order of
 the products. Integers in place of an order of the blocks are ours.
@@ -330,11 +331,11 @@ def _units(key, value, dout, delta: jax.Array, live: Any) -> tuple[jax.Array, ja
     def largest(x):  # [B, K, S] -> [B, N, 1]
         return jnp.repeat(jnp.max(jnp.where(seen, x, 0), axis=2), G, axis=1)[:, :, None]
 
-    def norm(x):  # [B, L, heads, H] -> [B, heads, L]
-        return jnp.swapaxes(jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=3)), 1, 2)
+    def over_h(reduce, x):  # [B, L, heads, H] -> [B, heads, L]; no squares, which leave the range of float32
+        return jnp.swapaxes(reduce(jnp.abs(x.astype(jnp.float32)), axis=3), 1, 2)
 
-    largest_key = largest(jnp.swapaxes(jnp.max(jnp.abs(key), axis=3), 1, 2).astype(jnp.float32))
-    bound = (norm(dout) * largest(norm(value)) + jnp.abs(delta)) * largest_key
+    largest_dp = over_h(jnp.max, dout) * largest(over_h(jnp.sum, value))
+    bound = (largest_dp + jnp.abs(delta)) * largest(over_h(jnp.max, key))
     bound = jnp.maximum(bound, SMALLEST)  # NaN stays NaN, and makes dQ NaN
     return LARGEST / bound, bound / LARGEST
 
