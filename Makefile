@@ -89,9 +89,9 @@ $(VENV)/installed-%: pyproject.toml constraints.txt | $(RUN)
 	@touch $@ $(VENV)/installed-demo
 
 # Compilers for hardware that is not here: libtpu, and CUDA's ptxas with JAX's plugin for it. No CUDA libraries.
-$(AOT_VENV)/installed: constraints.txt
+$(AOT_VENV)/installed: constraints.txt Makefile
 	@$(FIND_PYTHON); echo "Making $(AOT_VENV) with $$python (2 GB)"; "$$python" -m venv $(AOT_VENV)
 	grep -v '^jax' constraints.txt > $(AOT_VENV)/constraints.txt
 	$(AOT_VENV)/bin/python $(INSTALL) -c $(AOT_VENV)/constraints.txt "jax[tpu]==$(JAX)" \
-	  jax-cuda13-plugin==$(JAX) jax-cuda13-pjrt==$(JAX) nvidia-cuda-nvcc absl-py
+	  jax-cuda13-plugin==$(JAX) jax-cuda13-pjrt==$(JAX) nvidia-cuda-nvcc nvidia-cuda-nvdisasm absl-py
 	@touch $@

@@ -2,7 +2,7 @@
 """Compiles one case for one target: python -m tests.aot.compile_one CASE TARGET REPORT.
 
 A process of its own, because both compilers abort it on some inputs they cannot handle. Writes the JSON file REPORT;
-what the compilers print, ptxas's account of registers among it, goes where they send it.
+what the compilers print, the account of registers and the machine code among it, goes where they send it.
 """
 
 import json
@@ -17,6 +17,7 @@ os.environ.update(
     TPU_SKIP_MDS_QUERY="1",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # several of these run at a time
     MOSAIC_GPU_DUMP_PTXAS="1",
+    MOSAIC_GPU_DUMP_SASS="1",
 )
 
 from tests.aot import cases
