@@ -201,7 +201,7 @@ _SM90_SHAPES = {
     "full_bias_60_75": True,
 }
 
-# The same for both passes. Where it is not, masking loops spill: 64-wide heads with a mask, or much in the mask.
+# Forward and backward together. Where it is False a masking loop spills: 64-wide heads with a mask, much in the mask.
 _SM90_BACKWARD_SHAPES = {
     "d128_full_2k": True,
     "d128_causal_2k": True,
