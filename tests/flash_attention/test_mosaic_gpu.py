@@ -126,6 +126,26 @@ def test_vmap():
         conformance.assert_agrees(of(attend), of(reference.specified), of(reference.naively), arrays)
 
 
+def test_types_inside_shard_map():
+    """Tracing is what shard_map's check of types looks at; on a GPU the conformance suite runs it."""
+    suite = test_conformance.TestFlashAttention()
+    arguments, specs, out_specs = suite.sharded()
+    del arguments["bias"], specs["bias"]
+    arguments |= {name: arguments[name].astype("bfloat16") for name in ("query", "key", "value")}
+    arrays, leaves = arrays_of(arguments), [spec for name, spec in specs.items() for _ in arrays_of(arguments[name])]
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def attend(arrays):
+        options = {"return_lse": True, "implementation": "mosaic_gpu", "config": Sm90Config()}
+        return flash_attention(**with_arrays(arguments, arrays), **options)
+
+    with device.assume(HOPPER):
+        call = jax.shard_map(attend, mesh=mesh, in_specs=(leaves,), out_specs=out_specs)
+        cotangents = conformance.random_cotangents(call, arrays, 0)
+        _, gradients = jax.eval_shape(functools.partial(conformance.value_and_gradients, call), arrays, cotangents)
+    assert [x.shape for x in gradients] == [x.shape for x in arrays if conformance.is_floating(x)]
+
+
 def backward_of(shape: Shape, num_sms: int, dout=None, dlse=None, **changes):
     """The gradients of one call by Hopper's backward kernel; random cotangents unless given."""
     inputs = shape.make("bfloat16", jax.random.key(3)) | changes

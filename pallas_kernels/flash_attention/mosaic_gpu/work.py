@@ -67,7 +67,9 @@ class Walk(NamedTuple):
 
     def item(self, b: Any, n: Any, row: Any) -> Item:
         def number(field: int, known: int | None) -> Any:
-            return _entry(self.work.rows, b, n, row, field) if known is None else jnp.int32(known)
+            # + 0: inside shard_map what is read varies over the mesh and what is computed does not; a loop that starts
+            # at the one and goes on with the other has no type.
+            return _entry(self.work.rows, b, n, row, field) + 0 if known is None else jnp.int32(known)
 
         live, mixed, *runs = itertools.starmap(number, enumerate(_constants(self.schedule)))
         return Item(b, n, row, live, mixed, runs)
