@@ -17,7 +17,6 @@ Source: Dao, "FlashAttention-2", 2023, algorithms 1 and 2; the backward pass is 
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -269,7 +268,7 @@ def _launch(
     out: Sequence,
     grid: _Grid,
     scratch: dict[str, Any],
-    cost: pl.CostEstimate,
+    cost: dict[str, Any],
 ) -> Any:
     """Runs body(references of ops, references of out, **scratch) with one warpgroup for each block of `grid`."""
     leaves, tree = jax.tree.flatten(ops)
@@ -278,9 +277,6 @@ def _launch(
         body(tree.unflatten(refs[: len(leaves)]), refs[len(leaves) :], **scratch)
 
     kernel.__name__ = name
-    extra: dict[str, Any] = (
-        {"cost_estimate": cost} if "cost_estimate" in inspect.signature(plgpu.kernel).parameters else {}
-    )
     return plgpu.kernel(
         kernel,
         out_type=tuple(out),
@@ -288,7 +284,7 @@ def _launch(
         grid_names=("block",),
         scratch_types={key: value for key, value in scratch.items() if value is not None},
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **extra,
+        **cost,
     )(*leaves)
 
 

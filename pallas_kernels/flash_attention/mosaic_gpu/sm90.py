@@ -18,13 +18,11 @@ Source: Shah et al., "FlashAttention-3", 2024, sections 3.1 and 3.2.
 """
 
 import functools
-import inspect
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -107,10 +105,7 @@ def forward(
     bytes_of_plane = 2 * plane.S * (plane.H + plane.Hv) * plane.K // N  # heads of a group share keys and values
     work = work_lib.plan(schedule, B, N, num_sms, L2_BYTES // bytes_of_plane)
     rows = schedule.live.shape[-1]
-    # What is known while tracing decides which loops are compiled at all.
-    known = isinstance(schedule.live, np.ndarray)
-    masks = not known or bool((schedule.mixed > 0).any() or (schedule.live == 0).any())
-    some_full = not known or bool((schedule.live > schedule.mixed).any())
+    masks = work_lib.some_mixed(schedule)
     guard = masks or bias is not None  # whether a row may see nothing but -inf
     leaves, tree = jax.tree.flatten((ops, work))
     H, Hv, unit = plane.H, plane.Hv, plane.unit
@@ -193,7 +188,7 @@ def forward(
                 return p, m_new, l, alpha, raised
 
             def do(item, step):
-                b, n, row, live, mixed, _ = item
+                b, n, row, live, *_ = item
                 m = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), ROWS)
                 l = plgpu.layout_cast(jnp.zeros((R, 8), jnp.float32), TILE)
                 o = plgpu.layout_cast(jnp.zeros((R, Hv), jnp.float32), TILE)
@@ -246,13 +241,7 @@ def forward(
                         o = o * along_rows(alpha, o.shape)
                     return o, m, l, p.astype(query.dtype)
 
-                carry = (o, m, l, p)
-                if masks:
-                    carry = lax.fori_loop(1, mixed, functools.partial(tile, True), carry)
-                if some_full:
-                    start = jnp.maximum(mixed, 1) if masks else 1
-                    carry = lax.fori_loop(start, live, functools.partial(tile, False), carry)
-                o, m, l, p = carry
+                o, m, l, p = walk.sweep(item, tile, (o, m, l, p), first=1)
                 if not reuse_q:
                     plgpu.barrier_arrive(shared.q_free)
                 slot = lax.rem(step + live - 1, stages)
@@ -307,21 +296,12 @@ def forward(
         v_full=plgpu.Barrier(num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
     )
-    new = "cost_estimate" in inspect.signature(plgpu.kernel).parameters  # jax 0.12
-    extra: dict[str, Any] = {"cost_estimate": cost_estimate(plane, products=2)} if new else {}
-    out, lse = plgpu.kernel(
-        flash_attention_sm90,
-        out_type=(
-            jax.ShapeDtypeStruct((B, ops.query.shape[1], N * Hv), query.dtype),
-            jax.ShapeDtypeStruct((B, N, rows * block_q), jnp.float32),
-        ),
-        scratch_types=list(scratch),
-        grid=(num_sms,),
-        grid_names=("sm",),
-        num_threads=consumers + 1,
-        thread_name="warpgroup",
-        # No thread reads what it wrote to shared memory; the barriers above order all that is exchanged.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-        **extra,
-    )(*leaves)
+    out_type = (
+        jax.ShapeDtypeStruct((B, ops.query.shape[1], N * Hv), query.dtype),
+        jax.ShapeDtypeStruct((B, N, rows * block_q), jnp.float32),
+    )
+    kernel = work_lib.persistent(
+        flash_attention_sm90, out_type, scratch, num_sms, consumers, **cost_estimate(plane, products=2)
+    )
+    out, lse = kernel(*leaves)
     return out.reshape(B, -1, N, Hv)[:, :T, :, : value.shape[3]], lse[:, :, :T]

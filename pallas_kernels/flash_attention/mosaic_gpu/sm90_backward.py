@@ -22,12 +22,10 @@ the products. Integers in place of an order of the blocks are ours.
 """
 
 import functools
-import inspect
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -123,9 +121,6 @@ def backward(
     H, tile_type = width, (R, rows_q)
     bytes_of_plane = 8 * plane.T * H * G  # q and dO in 16 bits, dQ in 32
     work = work_lib.plan(schedule, B, N, num_sms, L2_BYTES // bytes_of_plane, group=G)
-    known = isinstance(schedule.live, np.ndarray)
-    some_mixed = not known or bool((schedule.mixed > 0).any() or (schedule.live == 0).any())
-    some_full = not known or bool((schedule.live > schedule.mixed).any())
     leaves, tree = jax.tree.flatten((ops, work))
 
     def flash_attention_sm90_backward(*refs):
@@ -240,12 +235,7 @@ def backward(
 
                 def tiles(dk, dv):
                     def tiles_of_head(item, step):
-                        if some_mixed:
-                            step = lax.fori_loop(0, item.mixed, functools.partial(tile, item, dk, dv, True), step)
-                        if some_full:
-                            start = item.mixed if some_mixed else 0
-                            step = lax.fori_loop(start, item.live, functools.partial(tile, item, dk, dv, False), step)
-                        return step
+                        return walk.sweep(item, functools.partial(tile, item, dk, dv), step)
 
                     step_after = for_each_head(item, tiles_of_head, step)
                     return dk[...], dv[...], step_after
@@ -282,26 +272,16 @@ def backward(
         dout_full=plgpu.Barrier(num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
     )
-    new = "cost_estimate" in inspect.signature(plgpu.kernel).parameters  # jax 0.12
-    extra: dict[str, Any] = {"cost_estimate": cost_estimate(plane, products=5)} if new else {}
-    call = plgpu.kernel(
-        flash_attention_sm90_backward,
-        out_type=(jax.ShapeDtypeStruct(ops.key.shape, query.dtype), jax.ShapeDtypeStruct(ops.value.shape, query.dtype)),
-        scratch_types=list(scratch),
-        grid=(num_sms,),
-        grid_names=("sm",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        # No thread reads what it wrote to shared memory; the barriers above order all that is exchanged.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
-        **extra,
+    out_type = [jax.ShapeDtypeStruct(x.shape, query.dtype) for x in (ops.key, ops.value)]
+    kernel = work_lib.persistent(
+        flash_attention_sm90_backward, out_type, scratch, num_sms, CONSUMERS, **cost_estimate(plane, products=5)
     )
 
     # The rule that Pallas has for vmap does not know an array that is both input and output.
     @jax.custom_batching.sequential_vmap
     def run(*leaves):
         dq = jax.new_ref(jnp.zeros((B, ops.query.shape[1], N * H), jnp.int32))
-        dk, dv = call(*leaves, dq)
+        dk, dv = kernel(*leaves, dq)
         return dq[...], dk, dv
 
     dq, dk, dv = run(*leaves)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which multiprocessor does what: the work list of a persistent kernel, and the walk through it inside the kernel.
+"""Which multiprocessor does what: a persistent kernel, its work list, and the walk through it inside the kernel.
 
 An item is one row of tiles of one head of one batch element (or of the heads of a group, one after another). Its cost
 is the number of its live tiles, so causal rows differ by two orders of magnitude. Where costs are known while tracing
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.mosaic_gpu.plane import broadcast_index
 from pallas_kernels.flash_attention.tiles import Schedule
@@ -110,6 +111,28 @@ class Walk(NamedTuple):
         first = self.work.items[0, self.sm]
         return lax.fori_loop(0, rounds, one, (first, numbered(first), carry))[2]
 
+    def sweep(self, item: Item, tile: Callable[[bool, Any, Any], Any], carry: Any, first: int = 0) -> Any:
+        """carry = tile(masked, step, carry) for an item's tiles from number `first` on: mixed ones, then full ones."""
+        start: Any = first
+        if some_mixed(self.schedule):
+            carry = lax.fori_loop(first, item.mixed, functools.partial(tile, True), carry)
+            start = jnp.maximum(item.mixed, first)
+        if some_full(self.schedule):
+            carry = lax.fori_loop(start, item.live, functools.partial(tile, False), carry)
+        return carry
+
+
+def some_mixed(schedule: Schedule) -> bool:
+    """Whether a loop over mixed tiles has to be compiled: rows that see nothing have one hidden tile."""
+    if isinstance(schedule.live, jax.Array):
+        return True
+    return bool((schedule.mixed > 0).any() or (schedule.live == 0).any())
+
+
+def some_full(schedule: Schedule) -> bool:
+    """Whether a loop over full tiles has to be compiled."""
+    return isinstance(schedule.live, jax.Array) or bool((schedule.live > schedule.mixed).any())
+
 
 def _constants(schedule: Schedule) -> list[int | None]:
     """Of the six numbers of a row of tiles, those that are the same for every row: registers saved."""
@@ -153,6 +176,22 @@ def _six(schedule: Schedule) -> Any:
     else:
         runs = np.where(unseen[..., None], np.array([0, 1, 1, 1], np.int32), schedule.runs[None, None])
     return xp.concatenate([live[..., None], mixed[..., None], runs], axis=-1).astype(np.int32)
+
+
+def persistent(body: Callable, out_type: Any, scratch: Any, num_sms: int, consumers: int, **options: Any) -> Callable:
+    """A kernel with a block for each multiprocessor: `consumers` warpgroups that compute, and one more that copies."""
+    return plgpu.kernel(
+        body,
+        out_type=tuple(out_type),
+        scratch_types=list(scratch),
+        grid=(num_sms,),
+        grid_names=("sm",),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        # No thread reads what it wrote to shared memory; barriers of the kernel's own order all that is exchanged.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        **options,
+    )
 
 
 @functools.lru_cache(256)
