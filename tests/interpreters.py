@@ -3,11 +3,14 @@
 
 What JAX's Mosaic GPU interpreter leaves out and our kernels need is added in `_MosaicGpuRules`: accumulators in
 `pl.run_state`, left operands in registers, copies that add, `mma`. What it still lacks it refuses with
-NotImplementedError: cp.async, semaphores, inline PTX without a stand-in. It does not notice a missing wait before or
-after wgmma; only a GPU does. A deadlock hangs for ever: mark such tests `@pytest.mark.timeout(60, method="thread")`.
+NotImplementedError: cp.async, semaphores, inline PTX without a stand-in. It computes a product at once, but looks for
+races as if that took until the wait for it. A deadlock hangs for ever: mark such tests
+`@pytest.mark.timeout(60, method="thread")`.
 """
 
+import collections
 import contextlib
+import dataclasses
 import functools
 import inspect
 import io
@@ -17,6 +20,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import io_callback
 
 
 class RaceDetected(AssertionError):
@@ -33,6 +37,8 @@ def mosaic_gpu(*, detect_races: bool = True, **options) -> Iterator[None]:
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the reset is not exported
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    # Pseudo-threads for what is asynchronous. Two accesses by one of them are never a race: few would hide some.
+    options = {"num_tma_threads_per_device": 64, **options}
     params = plgpu.InterpretGPUParams(detect_races=detect_races, **options)
     with (
         _watching(gpu_callbacks.reset_gpu_interpret_mode_state),
@@ -94,6 +100,9 @@ class _MosaicGpuRules:
         self.resolve = jaxpr_interpret.resolve_ref
         self.rules = {discharge.run_state_p: self.run_state, primitives.wgmma_ref_p: self.wgmma}
         self.rules |= {primitives.mma_p: self.mma, primitives.inline_mgpu_p: self.inline}
+        self.rules[primitives.wgmma_wait_p] = self.wgmma_wait
+        # In flight, of each thread: the accumulator, and the clock of the pseudo-thread that works on it.
+        self.products = collections.defaultdict(collections.deque)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -101,7 +110,9 @@ class _MosaicGpuRules:
         with (
             mock.patch.object(self.interpreter, "interpret", functools.partialmethod(_interpret, self, interpret)),
             mock.patch.object(self.callbacks, "copy_smem_to_gmem", self.copying(copy)),
-            mock.patch.object(self.callbacks, "wgmma", self.watched(self.callbacks.wgmma)),
+            mock.patch.object(self.memory.GPUSharedMemory, "_abort_waiters", self.aborting()),
+            mock.patch.object(self.callbacks.AsyncCopyGmemToSmemTask, "post_read", self.filling()),
+            self.products_take_time(),
             self.racing_beyond_registers(),
         ):
             yield
@@ -223,7 +234,7 @@ class _MosaicGpuRules:
 
     def call(self, interpreter, eqn, token, function, *results, **arguments):
         token_shape = self.callbacks.TOKEN_SHAPE_DTYPE
-        return jax.experimental.io_callback(
+        return io_callback(
             functools.partial(function, source_info=eqn.source_info),
             (token_shape, *results) if results else token_shape,
             token=token,
@@ -232,27 +243,99 @@ class _MosaicGpuRules:
             **arguments,
         )
 
-    def watched(self, wgmma):
-        """wgmma whose reads of shared memory are checked: they are the asynchronous proxy's, as a TMA store's are. It
-        reads at once: a missing wait goes unnoticed, a missing fence does not if another warpgroup reads too."""
+    def filling(self):
+        """The check of a copy's write to shared memory. It needs a fence after what threads wrote there before, but not
+        after what they read: a barrier is enough. JAX asks for a fence after both."""
         callbacks = self.callbacks
 
-        def checked(*, thread, source_info=None, **arguments):
+        def post_read(task, tma_thread_id: int, shared_memory):
+            if shared_memory.detect_races:
+                task.clock.inc(tma_thread_id)
+                races = callbacks.get_races()
+                place = task.dst_allocation_key, task.dst_access
+                for clock, left_out in ((task.clock.async_smem_clock, "reads"), (task.clock.generic_clock, "writes")):
+                    part = dataclasses.replace(races, **{left_out: collections.defaultdict(list)})
+                    part.check_write(task.thread, clock.copy(), *place, source_info=task.source_info)
+
+        return post_read
+
+    def aborting(self):
+        """What wakes up the threads that wait when one has failed; JAX forgets those at named barriers."""
+        abort = self.memory.GPUSharedMemory._abort_waiters
+
+        def abort_all(shared_memory):
+            abort(shared_memory)
+            for barrier in shared_memory.named_barriers.values():
+                barrier.abort()
+
+        return abort_all
+
+    @contextlib.contextmanager
+    def products_take_time(self) -> Iterator[None]:
+        """wgmma reads shared memory and fills its accumulator until it is waited for. The interpreter computes at once,
+        and does not look for races there."""
+        callbacks, memory = self.callbacks, self.memory.GPUSharedMemory
+        reset = memory.reset_per_cluster_state
+
+        def forgetting(shared_memory):
+            self.products.clear()
+            reset(shared_memory)
+
+        with (
+            mock.patch.object(callbacks, "wgmma", self.starting(callbacks.wgmma)),
+            mock.patch.object(callbacks, "wgmma_accumulator_deref", self.loading(callbacks.wgmma_accumulator_deref)),
+            mock.patch.object(memory, "reset_per_cluster_state", forgetting),
+        ):
+            yield
+
+    def starting(self, wgmma):
+        callbacks, key_of = self.callbacks, self.callbacks.HostAllocationKey.from_array
+
+        @callbacks.fail_on_exception
+        def start(*, thread, source_info=None, **arguments):
             shared_memory = callbacks._get_shared_memory()
             if shared_memory.detect_races:
-                with shared_memory.lock:  # whoever waits for this thread later will know of the event
-                    clock, position = shared_memory.clocks[thread], shared_memory.thread_to_vc_position(thread)
-                    clock.generic_clock.inc(position)
-                    clock.async_smem_clock.clock[position] = clock.generic_clock.clock[position]
-                    proxy = clock.async_smem_clock.copy()
+                # A pseudo-thread reads, as for a TMA store: nobody is ordered after it who has not seen a wait for it.
+                clock = shared_memory.get_clock(thread)
+                clock.inc(shared_memory.get_next_tma_thread_id())
                 for operand in ("a", "b"):
-                    key = callbacks.HostAllocationKey.from_array(arguments[f"{operand}_allocation_key_as_array"])
+                    key = key_of(arguments[f"{operand}_allocation_key_as_array"])
                     transforms = callbacks._remove_noop_transforms(arguments[f"{operand}_transforms"])
                     access = shared_memory.access(key, jax.tree.map(int, transforms))
-                    callbacks.get_races().check_read(thread, proxy, key, access, source_info=source_info)
+                    races, proxy = callbacks.get_races(), clock.async_smem_clock
+                    races.check_read(thread, proxy, key, access, source_info=source_info)
+                self.products[thread].append((key_of(arguments["acc_allocation_key_as_array"]), clock))
             return wgmma(thread=thread, source_info=source_info, **arguments)
 
-        return checked
+        return start
+
+    def loading(self, deref):
+        callbacks = self.callbacks
+
+        @callbacks.fail_on_exception
+        def load(*, thread, acc_allocation_key_as_array, wait_n, **arguments):
+            if wait_n is not None:
+                self.wait_for_products(thread, wait_n)
+            key = callbacks.HostAllocationKey.from_array(acc_allocation_key_as_array)
+            if any(accumulator == key for accumulator, _ in self.products[thread]):
+                raise ValueError(f"RACE DETECTED\n  read of {key} by {thread}, whose products are not waited for")
+            arguments |= {"acc_allocation_key_as_array": acc_allocation_key_as_array, "wait_n": wait_n}
+            return deref(thread=thread, **arguments)
+
+        return load
+
+    def wait_for_products(self, thread, in_flight: int) -> None:
+        shared_memory, products = self.callbacks._get_shared_memory(), self.products[thread]
+        with shared_memory.lock:
+            while len(products) > in_flight:
+                shared_memory.clocks[thread].update(products.popleft()[1])
+
+    def wgmma_wait(self, interpreter, eqn, token, values):
+        def wait(*, token, mesh_location, thread, source_info):
+            self.wait_for_products(thread, eqn.params["n"])
+            return token
+
+        return self.call(interpreter, eqn, token, self.callbacks.fail_on_exception(wait)), []
 
     def copying(self, copy):
         """copy_smem_to_gmem with reduction_op="add" too."""

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels for NVIDIA GPUs in the interpreter, which looks for races: Hopper's, and Ampere's with Hopper's copies.
 
-The GPU has two multiprocessors, so that each of them works on several items. What the interpreter cannot see, a missing
-wait for a product, only `pytest -m gpu` can.
+The GPU has two multiprocessors, so that each of them works on several items.
 """
 
 import dataclasses
@@ -12,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import flash_attention, masks
 from pallas_kernels.core import device
 from pallas_kernels.core.arrays import arrays_of, with_arrays
 from pallas_kernels.flash_attention import reference
 from pallas_kernels.flash_attention.config import Sm80Config, Sm90Config
-from pallas_kernels.flash_attention.mosaic_gpu import sm90_backward
+from pallas_kernels.flash_attention.mosaic_gpu import sm90, sm90_backward
 from pallas_kernels.flash_attention.shapes import SHAPES, Shape, causal, everything, normal
 from tests import conformance, interpreters
 from tests.flash_attention import test_conformance
@@ -64,7 +65,7 @@ class TestOnHopper(test_conformance.TestFlashAttention):
             jax.tree.map(np.testing.assert_array_equal, first, run(arrays, cotangents))
 
 
-def check(shape: Shape, config: Sm80Config | Sm90Config, dtype="bfloat16", races: bool = True) -> None:
+def check(shape: Shape, config: Sm80Config | Sm90Config, dtype="bfloat16") -> None:
     """Output, LSE and all gradients, as right as the naive way allows."""
     arguments = shape.make(dtype, jax.random.key(0))
     attend = functools.partial(flash_attention, return_lse=True, config=config)
@@ -73,7 +74,7 @@ def check(shape: Shape, config: Sm80Config | Sm90Config, dtype="bfloat16", races
     def call(arrays):
         return attend(**with_arrays(arguments, arrays), implementation=implementation)
 
-    with device.assume(HOPPER), interpreters.mosaic_gpu(detect_races=races):
+    with device.assume(HOPPER), interpreters.mosaic_gpu():
         conformance.assert_agrees(
             call,
             lambda arrays: reference.specified(with_arrays(arguments, arrays)),
@@ -98,16 +99,47 @@ def test_bias_on_hopper():
     check(SHAPES["full_bias_60_75"], Sm90Config())
 
 
-# The detector wants a fence between a thread's own reads of shared memory and the copy that it then starts to the same
-# place. Hardware wants a barrier of the warpgroup, which Mosaic adds when it compiles, not when it interprets.
 @pytest.mark.parametrize("name", ["ragged_113_203", "mqa_packed_300", "everything_but_bias"])
 def test_ampere(name):
-    check(CASES[name], Sm80Config(block_q=64, block_k=32, dkv_block_q=32, dq_block_k=32), races=False)
+    check(CASES[name], Sm80Config(block_q=64, block_k=32, dkv_block_q=32, dq_block_k=32))
+
+
+def multiply(x: jax.Array, wait_n: int, refill: bool):
+    """x @ x, then another product; the first is read, or its operand filled anew, when `wait_n` may be in flight."""
+
+    def kernel(x_gmem, out_gmem, smem, barrier):
+        def products(first, second):
+            plgpu.wgmma(first, smem, smem)
+            if not refill:
+                plgpu.wgmma(second, smem, smem)
+                return plgpu.wgmma_accumulator_load(first, wait_n=wait_n)
+            plgpu.wgmma_wait(wait_n)
+            plgpu.copy_gmem_to_smem(x_gmem, smem, barrier)
+            plgpu.barrier_wait(barrier)
+            return first[...]
+
+        plgpu.copy_gmem_to_smem(x_gmem, smem, barrier)
+        plgpu.barrier_wait(barrier)
+        accumulator = sm90.Accumulator(x.shape, jnp.float32)
+        out_gmem[...] = pl.run_scoped(products, accumulator, accumulator)
+
+    out = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    run = plgpu.kernel(kernel, out_type=out, scratch_types=[plgpu.SMEM(x.shape, x.dtype), plgpu.Barrier()])
+    with interpreters.mosaic_gpu():
+        return jax.block_until_ready(run(x))
+
+
+@pytest.mark.parametrize(("refill", "enough"), [(False, 1), (True, 0)])
+def test_the_interpreter_finds_a_missing_wait_for_a_product(refill, enough):
+    x = jnp.ones((64, 64), jnp.bfloat16)
+    np.testing.assert_array_equal(multiply(x, enough, refill), 64.0)
+    with pytest.raises(interpreters.RaceDetected):
+        multiply(x, enough + 1, refill)
 
 
 def test_wide_heads_mix_both():
     """Hopper's forward pass, Ampere's backward pass: heads of 192 are too wide for the other."""
-    check(SHAPES["head_dims_192_128"], Sm90Config(block_k=64), races=False)
+    check(SHAPES["head_dims_192_128"], Sm90Config(block_k=64))
 
 
 def test_vmap():
