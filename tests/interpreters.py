@@ -28,7 +28,7 @@ class RaceDetected(AssertionError):
 
 
 @contextlib.contextmanager
-def mosaic_gpu(*, detect_races: bool = True, **options) -> Iterator[None]:
+def mosaic_gpu(**options) -> Iterator[None]:
     """Kernels built inside run in the Mosaic GPU interpreter; `options` are InterpretGPUParams' own.
 
     Several simulated CPU devices are needed (tests/conftest.py): with one, threads that wait at barriers can take all
@@ -39,7 +39,7 @@ def mosaic_gpu(*, detect_races: bool = True, **options) -> Iterator[None]:
 
     # Pseudo-threads for what is asynchronous. Two accesses by one of them are never a race: few would hide some.
     options = {"num_tma_threads_per_device": 64, **options}
-    params = plgpu.InterpretGPUParams(detect_races=detect_races, **options)
+    params = plgpu.InterpretGPUParams(detect_races=True, **options)
     with (
         _watching(gpu_callbacks.reset_gpu_interpret_mode_state),
         plgpu.force_gpu_interpret_mode(params),
@@ -249,13 +249,12 @@ class _MosaicGpuRules:
         callbacks = self.callbacks
 
         def post_read(task, tma_thread_id: int, shared_memory):
-            if shared_memory.detect_races:
-                task.clock.inc(tma_thread_id)
-                races = callbacks.get_races()
-                place = task.dst_allocation_key, task.dst_access
-                for clock, left_out in ((task.clock.async_smem_clock, "reads"), (task.clock.generic_clock, "writes")):
-                    part = dataclasses.replace(races, **{left_out: collections.defaultdict(list)})
-                    part.check_write(task.thread, clock.copy(), *place, source_info=task.source_info)
+            task.clock.inc(tma_thread_id)
+            races = callbacks.get_races()
+            place = task.dst_allocation_key, task.dst_access
+            for clock, left_out in ((task.clock.async_smem_clock, "reads"), (task.clock.generic_clock, "writes")):
+                part = dataclasses.replace(races, **{left_out: collections.defaultdict(list)})
+                part.check_write(task.thread, clock.copy(), *place, source_info=task.source_info)
 
         return post_read
 
@@ -294,17 +293,16 @@ class _MosaicGpuRules:
         @callbacks.fail_on_exception
         def start(*, thread, source_info=None, **arguments):
             shared_memory = callbacks._get_shared_memory()
-            if shared_memory.detect_races:
-                # A pseudo-thread reads, as for a TMA store: nobody is ordered after it who has not seen a wait for it.
-                clock = shared_memory.get_clock(thread)
-                clock.inc(shared_memory.get_next_tma_thread_id())
-                for operand in ("a", "b"):
-                    key = key_of(arguments[f"{operand}_allocation_key_as_array"])
-                    transforms = callbacks._remove_noop_transforms(arguments[f"{operand}_transforms"])
-                    access = shared_memory.access(key, jax.tree.map(int, transforms))
-                    races, proxy = callbacks.get_races(), clock.async_smem_clock
-                    races.check_read(thread, proxy, key, access, source_info=source_info)
-                self.products[thread].append((key_of(arguments["acc_allocation_key_as_array"]), clock))
+            # A pseudo-thread reads, as for a TMA store: nobody is ordered after it who has not seen a wait for it.
+            clock = shared_memory.get_clock(thread)
+            clock.inc(shared_memory.get_next_tma_thread_id())
+            for operand in ("a", "b"):
+                key = key_of(arguments[f"{operand}_allocation_key_as_array"])
+                transforms = callbacks._remove_noop_transforms(arguments[f"{operand}_transforms"])
+                access = shared_memory.access(key, jax.tree.map(int, transforms))
+                races, proxy = callbacks.get_races(), clock.async_smem_clock
+                races.check_read(thread, proxy, key, access, source_info=source_info)
+            self.products[thread].append((key_of(arguments["acc_allocation_key_as_array"]), clock))
             return wgmma(thread=thread, source_info=source_info, **arguments)
 
         return start
@@ -360,7 +358,7 @@ class _MosaicGpuRules:
                 **place("src", arguments),
                 **place("dst", arguments),
                 source_info=arguments["source_info"],
-                clock=shared_memory.incr_clock(thread) if shared_memory.detect_races else None,
+                clock=shared_memory.incr_clock(thread),
             )
             with lock:
                 shared_memory.execute_async_task(task)
@@ -382,9 +380,8 @@ class _MosaicGpuRules:
                     shared_memory.get_buffer_content, thread=self.thread, logging_info=self.logging_info
                 )
                 value, _, _ = read(self.src_allocation_key, self.src_access)
-                if shared_memory.detect_races:
-                    self.clock.inc(tma_thread_id)
-                    self.write_clock = self.clock.copy()
+                self.clock.inc(tma_thread_id)
+                self.write_clock = self.clock.copy()
                 store = callbacks._clip_store_to_shape(self.dst_access, value, shape)
                 if store is not None:
                     access, value = store

@@ -75,12 +75,7 @@ def supports(call: Call, device: Device) -> Refusal | None:
     return None
 
 
-# ---- The two instructions that no other place knows about. Tests replace them by their meaning in jnp. ----
-
-
-def _mma(acc: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
-    """acc + left @ right by mma.sync m16n8k16, accumulated in float32."""
-    return plgpu.mma(acc, left, right)
+# ---- Products ----
 
 
 def _to_left(x: jax.Array, dtype) -> list[jax.Array]:
@@ -115,14 +110,14 @@ def _product(acc: jax.Array, left: Ref, right: Ref, *, transpose: bool = True) -
         d = pl.ds(start, min(64, depth - start))
         operand = right.at[:, d].transpose((1, 0)) if transpose else right.at[d]
         a = plgpu.load(left.at[:, d], layout=plgpu.Layout.MMA_LHS(left.dtype))
-        acc = _mma(acc, a, plgpu.load(operand, layout=plgpu.Layout.MMA_RHS(left.dtype)))
+        acc = plgpu.mma(acc, a, plgpu.load(operand, layout=plgpu.Layout.MMA_RHS(left.dtype)))
     return acc
 
 
 def _product_of_registers(acc: jax.Array, left: Sequence[jax.Array], right: Ref) -> jax.Array:
     """acc + left @ right, left [m, k] from `_to_left`, right [k, n] in shared memory."""
     for n, piece in enumerate(left):
-        acc = _mma(acc, piece, plgpu.load(right.at[pl.ds(16 * n, 16)], layout=plgpu.Layout.MMA_RHS(right.dtype)))
+        acc = plgpu.mma(acc, piece, plgpu.load(right.at[pl.ds(16 * n, 16)], layout=plgpu.Layout.MMA_RHS(right.dtype)))
     return acc
 
 
