@@ -101,6 +101,8 @@ class _MosaicGpuRules:
         self.rules = {discharge.run_state_p: self.run_state, primitives.wgmma_ref_p: self.wgmma}
         self.rules |= {primitives.mma_p: self.mma, primitives.inline_mgpu_p: self.inline}
         self.rules[primitives.wgmma_wait_p] = self.wgmma_wait
+        have_read = functools.partial(gpu_callbacks.wait_smem_to_gmem, n=0, wait_read_only=True)
+        self.waits = {"copies_have_read": have_read, "fence_async_shared_cta": gpu_callbacks.commit_smem}
         # In flight, of each thread: the accumulator, and the clock of the pseudo-thread that works on it.
         self.products = collections.defaultdict(collections.deque)
 
@@ -139,7 +141,7 @@ class _MosaicGpuRules:
         if eqn.primitive is self.primitives.wgmma_ref_p:
             return not isinstance(eqn.invars[1].aval, self.state.AbstractRef)
         if eqn.primitive is self.primitives.inline_mgpu_p:
-            return eqn.params["mgpu_fn"].__name__ in ("bar_op", *_STAND_INS)
+            return eqn.params["mgpu_fn"].__name__ in ("bar_op", *self.waits, *_STAND_INS)
         return eqn.primitive in self.rules
 
     def run_state(self, interpreter, eqn, token, values):
@@ -188,6 +190,8 @@ class _MosaicGpuRules:
 
     def inline(self, interpreter, eqn, token, values):
         function, values = eqn.params["mgpu_fn"], values[: eqn.params["pytree_args"].num_leaves]
+        if function.__name__ in self.waits:
+            return self.call(interpreter, eqn, token, self.waits[function.__name__]), []
         if function.__name__ != "bar_op":
             return token, _STAND_INS[function.__name__](eqn, *values)
         closure = inspect.getclosurevars(function).nonlocals
@@ -434,5 +438,11 @@ def _any_positive(eqn, rows):
     return [jnp.any(rows > 0).astype(jnp.int32)]
 
 
+def _nearest_int32(eqn, x):
+    limits = jnp.iinfo(jnp.int32)
+    inside = jnp.clip(jnp.rint(x), limits.min, 2.0**31 - 128)  # the largest float32 that is one
+    return [jnp.where(jnp.isnan(x), 0, jnp.where(x >= 2.0**31, limits.max, inside.astype(jnp.int32)))]
+
+
 # What functions of inline instructions mean, by name.
-_STAND_INS = {"relabel": _relabel, "any_positive": _any_positive}
+_STAND_INS = {"relabel": _relabel, "any_positive": _any_positive, "nearest_int32": _nearest_int32}

@@ -155,11 +155,10 @@ def kinds(call: Call, device: Device, implementation: str | None) -> tuple[type[
             return (XlaConfig,)
         case "mosaic_tpu":
             return (MosaicTpuConfig,)
-        case "mosaic_gpu" if device.arch == "sm90" and call.direction == "forward":
+        case "mosaic_gpu" if device.arch == "sm90" and (
+            call.direction == "forward" or max(call.sizes["H"], call.sizes["Hv"]) <= 128
+        ):
             return (Sm90Config, Sm80Config)
-        case "mosaic_gpu" if device.arch == "sm90" and max(call.sizes["H"], call.sizes["Hv"]) <= 128:
-            # Not yet first: sm90_backward.py has been compiled and interpreted, and waits for its first run on a GPU.
-            return (Sm80Config, Sm90Config)
         case "mosaic_gpu":
             return (Sm80Config,)
     return ()

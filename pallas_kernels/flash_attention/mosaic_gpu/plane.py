@@ -100,11 +100,12 @@ class Plane:
             x = x * (self.scale * LOG2E)
         if self.has_bias:
             x = x + self._piece(ops.bias, at, x.shape).astype(jnp.float32) * LOG2E
-        if masked and (visible := self._visible(ops, at, x.shape)) is not None:
+        if masked and (visible := self.visibility(ops, at, x.shape)) is not None:
             x = jnp.where(visible, x, -jnp.inf)
         return x, slope
 
-    def _visible(self, ops: Operands, at: At, shape: tuple[int, ...]) -> jax.Array | None:
+    def visibility(self, ops: Operands, at: At, shape: tuple[int, ...]) -> jax.Array | None:
+        """Which logits of a tile count; None if all."""
         row, col = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=self.acc) for axis in (0, 1))
         row, col = row + at.row, col + at.col
         i, j = (col, row) if self.transposed else (row, col)

@@ -177,65 +177,79 @@ def backward(
             own = pl.ds(me * R, R)
             dq_smem = shared.dq.at[me]
 
-            def tile(item, dk, dv, masked, i, step):
+            def issue_scores(s, step):
+                """S^T = K Q^T of the tile that a step works on."""
+                slot = lax.rem(step, stages)
+                plgpu.wgmma(s, shared.k.at[zero_of_step(step), own], shared.q.at[slot].transpose((1, 0)))
+
+            def tile(item, dk, dv, masked, i, carry):
+                """x is S^T of this tile; returns that of the next."""
+                step, x = carry
                 slot, turn, col = lax.rem(step, stages), lax.rem(step, 2), walk.column(item, i)
                 zero = zero_of_step(step + col)
-                k, v = shared.k.at[zero, own], shared.v.at[zero, own]
 
                 def along_queries(number):
-                    x = plgpu.load(shared.stats.at[slot, number], layout=TILE.reduce(0))
-                    return along_columns(x, tile_type)
+                    y = plgpu.load(shared.stats.at[slot, number], layout=TILE.reduce(0))
+                    return along_columns(y, tile_type)
 
-                def slopes_of_tile(s, dp):
-                    """dS^T / scale [R, block_q], left in shared memory too; dV += P^T dO on the way."""
-                    plgpu.barrier_wait(shared.q_full.at[slot])
-                    plgpu.wgmma(s, k, shared.q.at[slot].transpose((1, 0)))
+                def slopes_of_tile(dp):
+                    """dS^T / scale [R, block_q]; dV += P^T dO on the way."""
                     plgpu.barrier_wait(shared.dout_full.at[slot])
-                    plgpu.wgmma(dp, v, shared.dout.at[slot].transpose((1, 0)))
-                    x, slope = plgpu.wgmma_accumulator_load(s, wait_n=1), None
-                    if masked or not plane.plain:
-                        at = At(item.b, item.n, item.row * BLOCK_K + me * R + zero, col * rows_q)
-                        x, slope = plane.logits(x, ops, at, masked)
-                    p = jnp.exp2(x * plane.unit - along_queries(0))
+                    plgpu.wgmma(dp, shared.v.at[zero, own], shared.dout.at[slot].transpose((1, 0)))
+                    logits, slope = x, None
+                    at = At(item.b, item.n, item.row * BLOCK_K + me * R + zero, col * rows_q)
+                    if not plane.plain:
+                        logits, slope = plane.logits(x, ops, at, masked=False)
+                    p = jnp.exp2(logits * plane.unit - along_queries(0))
+                    if masked and (visible := plane.visibility(ops, at, tile_type)) is not None:
+                        p = jnp.where(visible, p, 0.0)
                     plgpu.wgmma(dv, p.astype(query.dtype), shared.dout.at[slot])
                     ds = slopes(p, plgpu.wgmma_accumulator_load(dp, wait_n=1), along_queries(1), slope)
-                    ds = ds.astype(query.dtype)
-                    shared.ds.at[turn, own][...] = ds
-                    plgpu.commit_smem()
-                    ptx.named_barrier_wait(jnp.int32(DS_WRITTEN), CONSUMERS * 128)
-                    return ds
+                    return ds.astype(query.dtype)
 
-                def scores(s):
-                    return pl.run_scoped(functools.partial(slopes_of_tile, s), accumulator)
-
-                accumulator = Accumulator(tile_type, jnp.float32)
-                ds = pl.run_scoped(scores, accumulator)
+                ds = pl.run_scoped(slopes_of_tile, Accumulator(tile_type, jnp.float32))
+                plgpu.wgmma(dk, ds, shared.q.at[slot])
+                shared.ds.at[turn, own][...] = ds
+                ptx.fence_shared_memory()
+                ptx.wait_for_reads_of_copies()
+                ptx.named_barrier_wait(jnp.int32(DS_WRITTEN), CONSUMERS * 128)
+                plgpu.wgmma_wait(1)
                 # dQ is a tile of 64 x 64 for each consumer: its rows of 128, or its columns of 128.
                 q_rows = pl.ds(me * R, R) if rows_q == 128 else pl.ds(0, R)
                 q_cols = pl.ds(0, 64) if rows_q == 128 else pl.ds(me * 64, 64)
 
-                def gradient_of_queries(dq):
+                def gradient_of_queries(dq, s):
                     plgpu.wgmma(dq, shared.ds.at[turn, :, q_rows].transpose((1, 0)), shared.k.at[zero, :, q_cols])
-                    plgpu.wgmma(dk, ds, shared.q.at[slot])
-                    return plgpu.wgmma_accumulator_load(dq, wait_n=1)
+                    # S^T of the next tile, for the tensor cores to do meanwhile; behind the last, its own in vain.
+                    more = i + 1 < item.live
+                    following = jnp.where(more, step + 1, step)
+                    pl.when(more)(lambda: plgpu.barrier_wait(shared.q_full.at[lax.rem(following, stages)]))
+                    issue_scores(s, following)
+                    dq = plgpu.wgmma_accumulator_load(dq, wait_n=1)
+                    unit = plgpu.load(shared.stats.at[slot, 2, q_rows], layout=ROWS)
+                    dq_smem[...] = ptx.round_to_int32(dq * along_rows(unit, (R, 64)))
+                    plgpu.commit_smem()
+                    rows, cols = pl.ds(col * rows_q + q_rows.start, R), pl.ds(item.n * H + q_cols.start, 64)
+                    plgpu.copy_smem_to_gmem(dq_smem, dq_gmem.at[item.b, rows, cols], reduction_op="add")
+                    return plgpu.wgmma_accumulator_load(s)
 
-                dq = pl.run_scoped(gradient_of_queries, Accumulator((R, 64), jnp.float32))
-                unit = plgpu.load(shared.stats.at[slot, 2, q_rows], layout=ROWS)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dq_smem[...] = (dq * along_rows(unit, (R, 64))).astype(jnp.int32)
-                plgpu.commit_smem()
-                rows, cols = pl.ds(col * rows_q + q_rows.start, R), pl.ds(item.n * H + q_cols.start, 64)
-                plgpu.copy_smem_to_gmem(dq_smem, dq_gmem.at[item.b, rows, cols], reduction_op="add")
-                plgpu.wgmma_wait(0)
+                accumulators = Accumulator((R, 64), jnp.float32), Accumulator(tile_type, jnp.float32)
+                x = pl.run_scoped(gradient_of_queries, *accumulators)
                 plgpu.barrier_arrive(shared.free.at[slot])
-                return step + 1
+                return step + 1, x
 
             def do(item, step):
                 plgpu.barrier_wait(shared.kv_full)
 
                 def tiles(dk, dv):
                     def tiles_of_head(item, step):
-                        return walk.sweep(item, functools.partial(tile, item, dk, dv), step)
+                        def first_scores(s):
+                            plgpu.barrier_wait(shared.q_full.at[lax.rem(step, stages)])
+                            issue_scores(s, step)
+                            return s[...]
+
+                        x = pl.run_scoped(first_scores, Accumulator(tile_type, jnp.float32))
+                        return walk.sweep(item, functools.partial(tile, item, dk, dv), (step, x))[0]
 
                     step_after = for_each_head(item, tiles_of_head, step)
                     return dk[...], dv[...], step_after

@@ -23,6 +23,9 @@ from pallas_kernels.flash_attention.mosaic_gpu.plane import broadcast_index
 from pallas_kernels.flash_attention.tiles import Schedule
 
 NO_ITEM = -1
+# Loads are even if the largest is no more than this times the mean. Fewer planes share the cache better: grouped
+# heads at 8k, dealt to within 2 %, took 11 % longer.
+EVEN = 1.06
 
 
 class Work(NamedTuple):
@@ -198,23 +201,35 @@ def persistent(body: Callable, out_type: Any, scratch: Any, num_sms: int, consum
 def _greedy(costs: tuple[int, ...], planes: int, num_sms: int, together: int) -> np.ndarray:
     """Longest first within each `together` planes, to the multiprocessor that has the least so far.
 
-    In the order of their numbers if all cost the same: neighbors then share keys in the cache.
+    Of the last planes so many are together that loads end up even: a few long rows at the end would leave most
+    multiprocessors idle. In the order of their numbers if all cost the same: neighbors then share keys in the cache.
     """
     rows = len(costs)
     if len(set(costs)) == 1:
         return _snake(np.arange(planes * rows, dtype=np.int32), num_sms, straight=True)
-    lists: list[list[int]] = [[] for _ in range(num_sms)]
-    load = [(0.0, sm) for sm in range(num_sms)]
-    longest_first = sorted(range(rows), key=lambda row: -costs[row])
-    for start in range(0, planes, together):
-        for row, plane in itertools.product(longest_first, range(start, min(start + together, planes))):
-            total, sm = heapq.heappop(load)
-            lists[sm].append(plane * rows + row)
-            heapq.heappush(load, (total + costs[row] + 1, sm))  # + 1: what an item costs apart from its tiles
+    starts = list(range(0, planes, together))
+    even, last = EVEN * planes * sum(cost + 1 for cost in costs) / num_sms, 1
+    lists, most = _deal(costs, [*starts, planes], num_sms)
+    while most > even and last < len(starts):
+        last *= 2
+        lists, most = _deal(costs, [*starts[: 1 - last], planes] if last < len(starts) else [0, planes], num_sms)
     items = np.full((max(map(len, lists)), num_sms), NO_ITEM, np.int32)
     for sm, mine in enumerate(lists):
         items[: len(mine), sm] = mine
     return items
+
+
+def _deal(costs: tuple[int, ...], bounds: list[int], num_sms: int) -> tuple[list[list[int]], float]:
+    """The items of each multiprocessor, and the largest load; planes between two `bounds` are dealt together."""
+    lists: list[list[int]] = [[] for _ in range(num_sms)]
+    load = [(0.0, sm) for sm in range(num_sms)]
+    longest_first = sorted(range(len(costs)), key=lambda row: -costs[row])
+    for start, end in itertools.pairwise(bounds):
+        for row, plane in itertools.product(longest_first, range(start, end)):
+            total, sm = heapq.heappop(load)
+            lists[sm].append(plane * len(costs) + row)
+            heapq.heappush(load, (total + costs[row] + 1, sm))  # + 1: what an item costs apart from its tiles
+    return lists, max(load)[0]
 
 
 def _snake(items: Any, num_sms: int, straight: bool = False) -> Any:
