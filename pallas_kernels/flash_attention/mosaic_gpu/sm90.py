@@ -12,7 +12,7 @@ tile n - 1, and consumers issue their products in turns, so that the softmax of 
 others. Tiles come in the order of `tiles.schedule`: mixed ones in a loop that masks, full ones in a loop that has no
 masking code, empty ones never. Rows of tiles are dealt to multiprocessors by `work.plan`.
 
-The backward pass is that of sm80.py, whose instructions Hopper has too.
+The backward pass is in sm90_backward.py; wide heads take that of sm80.py, whose instructions Hopper has too.
 
 Source: Shah et al., "FlashAttention-3", 2024, sections 3.1 and 3.2.
 """

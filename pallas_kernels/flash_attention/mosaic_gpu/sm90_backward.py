@@ -2,10 +2,11 @@
 """flash_attention's backward pass for Hopper: five wgmma products a tile, one persistent kernel.
 
     producer    copies:  K V    Q0 dO0   Q1 dO1 ...                     runs ahead through a ring of `stages` slots
-    consumers   for each tile:   S^T = K Q^T      dP^T = V dO^T          64 keys of the tile each
-                                 P^T = exp2(S^T - LSE)                   dV += P^T dO
-                                 dS^T = P^T * (dP^T - delta)             dK += dS^T Q
-                                 dS^T -> shared memory                   dQ  = dS K     64 rows or 64 columns each
+    consumers   for each tile, 64 keys each:     P^T  = exp2(S^T - LSE)           while dP^T = V dO^T
+                                                 dS^T = P^T * (dP^T - delta)      while dV += P^T dO
+                                                 dS^T -> shared memory, barrier   while dK += dS^T Q
+                                                 dQ -> integers -> global memory  while S^T = K Q^T of the next tile
+                                                                                  dQ = dS K: 64 rows or columns each
 
 A block of two consumers owns 128 keys, walks through the tiles of queries that see them (and through the G query heads
 that share them), and keeps dK and dV in registers. Keys are the rows of a tile, so that P^T and dS^T leave the tensor
