@@ -110,6 +110,20 @@ class Sm90Config:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Sm90Config.{name} must be one of {allowed}, got {getattr(self, name)!r}.")
 
+    def smem_bytes(self, H: int, Hv: int) -> int:
+        """Shared memory of the forward pass: queries, keys and values, outputs."""
+        rows = 64 * self.consumers
+        out = 0 if self.reuse_q else rows * Hv
+        return 2 * (rows * H + self.stages * self.block_k * (H + Hv) + out)
+
+    def check_smem(self, H: int, Hv: int) -> None:
+        """Raises ValueError if the forward pass does not fit a multiprocessor's shared memory."""
+        if (needed := self.smem_bytes(H, Hv)) > SMEM_BYTES:
+            raise ValueError(
+                f"{self} needs {needed // 1024} KiB of shared memory for head dims of {H} and {Hv}, and there are "
+                f"{SMEM_BYTES // 1024}: make block_k or stages smaller, or leave config out."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Sm80Config:
@@ -240,11 +254,8 @@ def _sm90_space() -> Iterator[Sm90Config]:
 
 def _fits_sm90(config: Sm90Config, H: int, Hv: int) -> bool:
     """Whether shared memory holds the tiles, and registers logits, output and probabilities of a thread."""
-    rows = 64 * config.consumers
-    out = 0 if config.reuse_q else rows * Hv
-    memory = 2 * (rows * H + config.stages * config.block_k * (H + Hv) + out)
     registers = config.block_k // 2 + Hv // 2 + config.block_k // 4
-    return memory <= SMEM_BYTES and registers <= 180 and (Hv == H or not config.reuse_q)
+    return config.smem_bytes(H, Hv) <= SMEM_BYTES and registers <= 180 and (Hv == H or not config.reuse_q)
 
 
 def sm80_heuristic(call: Call, device: Device) -> Sm80Config:

@@ -150,6 +150,15 @@ def test_wide_heads_mix_both():
     check(SHAPES["head_dims_192_128"], Sm90Config(block_k=64))
 
 
+def test_a_config_that_does_not_fit_says_so():
+    arguments = SHAPES["head_dims_192_128"].make("bfloat16", jax.random.key(0))
+    with (
+        device.assume(HOPPER),
+        pytest.raises(ValueError, match="240 KiB of shared memory for head dims of 192 and 128"),
+    ):
+        flash_attention(**arguments, implementation="mosaic_gpu", config=Sm90Config())
+
+
 def test_vmap():
     shape = Shape(1, 70, 140, 2, 2, 64, extras=causal)
     first, second = (arrays_of(shape.make("bfloat16", jax.random.key(seed))) for seed in (0, 1))

@@ -99,6 +99,7 @@ def forward(
     block_q = R * consumers
     inputs = query, key, value, bias, sink, mask, scale, soft_cap
     plane, schedule, ops = prepare(*inputs, block_q, block_k, acc=TILE, copies_fill=True)
+    config.check_smem(plane.H, plane.Hv)
     reuse_q = config.reuse_q
     if reuse_q and plane.Hv != plane.H:
         raise ValueError(f"Sm90Config.reuse_q needs equal head dims, got H={plane.H} and Hv={plane.Hv}.")
