@@ -2,11 +2,11 @@
 """flash_attention's backward pass for Hopper: five wgmma products a tile, one persistent kernel.
 
     producer    copies:  K V    Q0 dO0   Q1 dO1 ...                     runs ahead through a ring of `stages` slots
-    consumers   for each tile, 64 keys each:     P^T  = exp2(S^T - LSE)           while dP^T = V dO^T
-                                                 dS^T = P^T * (dP^T - delta)      while dV += P^T dO
-                                                 dS^T -> shared memory, barrier   while dK += dS^T Q
-                                                 dQ -> integers -> global memory  while S^T = K Q^T of the next tile
-                                                                                  dQ = dS K: 64 rows or columns each
+    consumers   for each tile, 64 keys each, what threads do          and tensor cores meanwhile
+                P^T  = exp2(S^T - LSE)                                dP^T = V dO^T
+                dS^T = P^T * (dP^T - delta)                           dV  += P^T dO
+                dS^T -> shared memory, barrier of both                dK  += dS^T Q, dQ = dS K (64 rows or columns each)
+                dQ -> integers -> added up in global memory           S^T  = K Q^T of the next tile
 
 A block of two consumers owns 128 keys, walks through the tiles of queries that see them (and through the G query heads
 that share them), and keeps dK and dV in registers. Keys are the rows of a tile, so that P^T and dS^T leave the tensor
@@ -214,7 +214,7 @@ def backward(
                 ptx.fence_shared_memory()
                 ptx.wait_for_reads_of_copies()
                 ptx.named_barrier_wait(jnp.int32(DS_WRITTEN), CONSUMERS * 128)
-                plgpu.wgmma_wait(1)
+                plgpu.wgmma_wait(1)  # dV is done: the registers of P^T are needed for dQ and S^T
                 # dQ is a tile of 64 x 64 for each consumer: its rows of 128, or its columns of 128.
                 q_rows = pl.ds(me * R, R) if rows_q == 128 else pl.ds(0, R)
                 q_cols = pl.ds(0, 64) if rows_q == 128 else pl.ds(me * 64, 64)
