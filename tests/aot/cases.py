@@ -93,13 +93,6 @@ def _flash_attention(implementation: str, shape: str, direction: str, dtype: str
     return jax.jit(forward if direction == "forward" else backward), tuple(arguments)
 
 
-def _flash_attention_sm90_backward(shape: str, compiling: Compiling):
-    """Forward and backward; asked for by config, without which Hopper's backward pass is Ampere's."""
-    from pallas_kernels.flash_attention.config import Sm90Config
-
-    return _flash_attention("mosaic_gpu", shape, "backward", "bfloat16", compiling, Sm90Config())
-
-
 def _flash_attention_tpu_window(compiling: Compiling):
     from pallas_kernels.flash_attention.config import mosaic_tpu_block
 
@@ -229,7 +222,7 @@ CASES: tuple[Case, ...] = (
         Case(
             f"flash_attention/sm90_backward/{shape}",
             HOPPER,
-            functools.partial(_flash_attention_sm90_backward, shape),
+            functools.partial(_flash_attention, "mosaic_gpu", shape, "backward", "bfloat16"),
             hot=hot,
         )
         for shape, hot in _SM90_BACKWARD_SHAPES.items()
