@@ -25,6 +25,7 @@ from pallas_kernels.masks.segments import Segments
 
 # Pieces of a tile: whatever the kernel computes with, all of the tile's shape or broadcastable to it.
 Piece = Any
+Numbers = Callable[[], Piece]
 
 
 class Lowered(NamedTuple):
@@ -34,14 +35,14 @@ class Lowered(NamedTuple):
       rows: int32 [B|1, T] each; values that belong to query rows.
       cols: int32 [B|1, S] each; values that belong to key columns.
       dense: int8 [B|1, N|1, T|1, S|1] each.
-      visible: (i, j, rows, cols, dense) -> bool tile, of the tile's row numbers i and column numbers j (int32) and
-        its pieces of the arrays above, in their order.
+      visible: (i, j, rows, cols, dense) -> bool tile, of the tile's row numbers i() and column numbers j() (int32),
+        which are called for if the mask wants them, and its pieces of the arrays above, in their order.
     """
 
     rows: tuple[jax.Array, ...]
     cols: tuple[jax.Array, ...]
     dense: tuple[jax.Array, ...]
-    visible: Callable[[Piece, Piece, Sequence[Piece], Sequence[Piece], Sequence[Piece]], Piece]
+    visible: Callable[[Numbers, Numbers, Sequence[Piece], Sequence[Piece], Sequence[Piece]], Piece]
 
     @property
     def is_static(self) -> bool:
@@ -65,8 +66,8 @@ def lower(mask: Mask, T: int, S: int) -> Lowered:
 class _Tile(NamedTuple):
     """What a rule sees of one tile."""
 
-    i: Piece
-    j: Piece
+    i: Numbers
+    j: Numbers
     rows: Sequence[Piece]
     cols: Sequence[Piece]
     dense: Sequence[Piece]
@@ -129,8 +130,8 @@ def _rule(mask: Mask, T: int, S: int, store: _Store) -> _Rule:
 def _positions(mask: Causal | Window, T: int, S: int, store: _Store) -> tuple[_Rule, _Rule]:
     """Positions of rows and columns of a tile: the given ones, else bottom-right aligned coordinates."""
     query, key = mask.query_positions, mask.key_positions
-    i = (lambda tile: tile.i + (S - T)) if query is None else store.row(query)
-    j = (lambda tile: tile.j) if key is None else store.col(key)
+    i = (lambda tile: tile.i() + (S - T)) if query is None else store.row(query)
+    j = (lambda tile: tile.j()) if key is None else store.col(key)
     return i, j
 
 

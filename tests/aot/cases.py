@@ -187,10 +187,10 @@ _SM90_SHAPES = {
     "d128_causal_2k": True,
     "gqa_32_8_2k": True,
     "d64_full_2k": True,
-    "d64_causal_8k": False,
+    "d64_causal_8k": True,
     "head_dims_192_128": True,
     "packed_16k": True,
-    "everything_90_150": False,
+    "everything_90_150": True,
     "full_bias_60_75": True,
 }
 

@@ -16,8 +16,8 @@ def test_visible_is_the_dense_array(case):
     mask, array, T, S, *_ = case
     lowered = lower(mask, T, S)
     visible = lowered.visible(
-        np.arange(T, dtype=np.int32)[:, None],
-        np.arange(S, dtype=np.int32)[None, :],
+        lambda: np.arange(T, dtype=np.int32)[:, None],
+        lambda: np.arange(S, dtype=np.int32)[None, :],
         [x[:, None, :, None] for x in lowered.rows],
         [x[:, None, None, :] for x in lowered.cols],
         lowered.dense,

@@ -6,6 +6,7 @@ a tile is masked; a kernel then asks `Plane.logits` for each tile of products, i
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -106,10 +107,8 @@ class Plane:
 
     def visibility(self, ops: Operands, at: At, shape: tuple[int, ...]) -> jax.Array | None:
         """Which logits of a tile count; None if all."""
-        row, col = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=self.acc) for axis in (0, 1))
-        row, col = row + at.row, col + at.col
-        i, j = (col, row) if self.transposed else (row, col)
-        visible = j < self.S if self.hide_tail else None
+        i, j = (functools.partial(self._numbers, at, shape, n) for n in ((1, 0) if self.transposed else (0, 1)))
+        visible = j() < self.S if self.hide_tail else None
         if self.visible is not None:
             pieces = [
                 [self._piece(ref, at, shape).astype(jnp.int32) for ref in refs]
@@ -118,6 +117,12 @@ class Plane:
             allowed = self.visible(i, j, *pieces)
             visible = allowed if visible is None else visible & allowed
         return visible
+
+    def _numbers(self, at: At, shape: tuple[int, ...], axis: int) -> jax.Array:
+        """Of a tile's rows or columns. An iota of the whole tile would divide for each, and its registers, hoisted out
+        of loops, would be missing there."""
+        along = plgpu.broadcasted_iota(jnp.int32, (shape[axis],), 0, layout=self.acc.reduce(1 - axis))
+        return lax.broadcast_in_dim(along + (at.row, at.col)[axis], shape, (axis,))
 
     def _piece(self, ref: Ref, at: At, shape: tuple[int, ...]) -> jax.Array:
         """A tile of an array [B|1, N|1, rows|1, columns|1], from global memory into the accumulator's layout."""

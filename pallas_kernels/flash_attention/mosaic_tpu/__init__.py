@@ -242,7 +242,7 @@ def _visible(plane: Plane, w: Where, x: Arrays, columns_ref, r):
         per_row = [_across(columns_ref[n, rows, :], width) for n in range(len(x.rows))]
         per_col = [jnp.broadcast_to(ref[...], (R, width)) for ref in x.cols]
         dense = [jnp.broadcast_to(_piece(ref, rows, jnp.int32), (R, width)) for ref in x.dense]
-        visible = visible & plane.lowered.visible(i, j, per_row, per_col, dense)
+        visible = visible & plane.lowered.visible(lambda: i, lambda: j, per_row, per_col, dense)
     return visible
 
 
