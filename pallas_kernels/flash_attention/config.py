@@ -91,7 +91,8 @@ class Sm90Config:
       block_k: key columns of a tile.
       stages: how many tiles of keys, and of values, shared memory holds.
       lazy_rescale: raise a row's maximum, and rescale what was summed up, only when the maximum has grown by 2^8.
-      reuse_q: outputs leave from the shared memory of the queries, which saves its size and costs some overlap.
+      q_stages: how many tiles of queries it holds; outputs leave from there if head dims are equal, so that with one the
+        next queries are not loaded before these outputs have left.
       backward_stages: how many tiles of queries, and of output gradients, shared memory holds in the backward pass;
         its other sizes follow from the head dimension.
     """
@@ -100,12 +101,13 @@ class Sm90Config:
     block_k: int = 128
     stages: int = 2
     lazy_rescale: bool = False
-    reuse_q: bool = False
+    q_stages: int = 2
     backward_stages: int = 2
 
     def __post_init__(self):
         stages = (1, 2, 3, 4)
-        rules = {"consumers": (2, 3), "block_k": (64, 128, 192, 256), "stages": stages, "backward_stages": stages}
+        rules = {"consumers": (2, 3), "block_k": (64, 128, 192, 256), "q_stages": (1, 2)}
+        rules |= {"stages": stages, "backward_stages": stages}
         for name, allowed in rules.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"Sm90Config.{name} must be one of {allowed}, got {getattr(self, name)!r}.")
@@ -113,15 +115,15 @@ class Sm90Config:
     def smem_bytes(self, H: int, Hv: int) -> int:
         """Shared memory of the forward pass: queries, keys and values, outputs."""
         rows = 64 * self.consumers
-        out = 0 if self.reuse_q else rows * Hv
-        return 2 * (rows * H + self.stages * self.block_k * (H + Hv) + out)
+        out = 0 if H == Hv else rows * Hv
+        return 2 * (self.q_stages * rows * H + self.stages * self.block_k * (H + Hv) + out)
 
     def check_smem(self, H: int, Hv: int) -> None:
         """Raises ValueError if the forward pass does not fit a multiprocessor's shared memory."""
         if (needed := self.smem_bytes(H, Hv)) > SMEM_BYTES:
             raise ValueError(
                 f"{self} needs {needed // 1024} KiB of shared memory for head dims of {H} and {Hv}, and there are "
-                f"{SMEM_BYTES // 1024}: make block_k or stages smaller, or leave config out."
+                f"{SMEM_BYTES // 1024}: make block_k, stages or q_stages smaller, or leave config out."
             )
 
 
@@ -247,15 +249,15 @@ def _sm90(call: Call) -> Sm90Config:
 
 def _sm90_space() -> Iterator[Sm90Config]:
     for block_k in (128, 64):
-        for reuse_q in (False, True):
-            yield Sm90Config(consumers=2, block_k=block_k, stages=2, reuse_q=reuse_q)
-    yield Sm90Config(consumers=2, block_k=64, stages=1)
+        for q_stages in (2, 1):
+            yield Sm90Config(consumers=2, block_k=block_k, stages=2, q_stages=q_stages)
+    yield Sm90Config(consumers=2, block_k=64, stages=1, q_stages=1)
 
 
 def _fits_sm90(config: Sm90Config, H: int, Hv: int) -> bool:
     """Whether shared memory holds the tiles, and registers logits, output and probabilities of a thread."""
     registers = config.block_k // 2 + Hv // 2 + config.block_k // 4
-    return config.smem_bytes(H, Hv) <= SMEM_BYTES and registers <= 180 and (Hv == H or not config.reuse_q)
+    return config.smem_bytes(H, Hv) <= SMEM_BYTES and registers <= 180
 
 
 def sm80_heuristic(call: Call, device: Device) -> Sm80Config:

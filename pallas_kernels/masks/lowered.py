@@ -100,6 +100,15 @@ def _append(arrays: list[jax.Array], values: Array) -> int:
 
 def _rule(mask: Mask, T: int, S: int, store: _Store) -> _Rule:
     match mask:
+        case (
+            And(left=Causal() as causal, right=Segments() as segments)
+            | And(left=Segments() as segments, right=Causal() as causal)
+        ) if causal.query_positions is None and causal.key_positions is None:
+            # Packed documents. One comparison a logit: of two, a GPU's compiler keeps more results than it has
+            # predicate registers. Differences of coordinates cannot overflow; those of positions might.
+            i, j = _positions(causal, T, S, store)
+            row, col = store.row(segments.query_ids), store.col(segments.key_ids)
+            return lambda tile: (jnp.maximum(j(tile) - i(tile), 0) | (row(tile) ^ col(tile))) == 0
         case And():
             left, right = (_rule(m, T, S, store) for m in (mask.left, mask.right))
             return lambda tile: left(tile) & right(tile)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """flash_attention for Hopper: wgmma products, TMA copies, one persistent kernel of specialized warpgroups.
 
-    producer    copies:   Q      K0 V0   K1 V1   K2 V2 ...            runs ahead through a ring of `stages` slots
+    producer    copies:   Q      K0 V0   K1 V1   K2 V2 ...            runs ahead through rings of `stages` slots
     consumer 0  products: QK0 |        QK1 PV0 |         QK2 PV1 |
                 softmax:       softmax0         softmax1          ...
     consumer 1  products:       QK0 |        QK1 PV0 |         ...    the consumers take turns: ping-pong
@@ -67,10 +67,10 @@ def supports(call: Call, device: Device) -> Refusal | None:
 class _Shared(NamedTuple):
     """Shared memory and barriers of a block. A slot is `full` when its copy has come, `free` when all have read it."""
 
-    q: Any  # [consumers * R, H]
+    q: Any  # [q_stages, consumers * R, H]
     k: Any  # [stages, block_k, H]
     v: Any  # [stages, block_k, Hv]
-    out: Any  # [consumers, R, Hv], or a stand-in where outputs leave from q
+    out: Any  # [consumers, R, Hv], or a stand-in where outputs leave from q, for which Hv has to be H
     lse: Any  # [consumers, R]
     q_full: Any
     q_free: Any
@@ -100,9 +100,7 @@ def forward(
     inputs = query, key, value, bias, sink, mask, scale, soft_cap
     plane, schedule, ops = prepare(*inputs, block_q, block_k, acc=TILE, copies_fill=True)
     config.check_smem(plane.H, plane.Hv)
-    reuse_q = config.reuse_q
-    if reuse_q and plane.Hv != plane.H:
-        raise ValueError(f"Sm90Config.reuse_q needs equal head dims, got H={plane.H} and Hv={plane.Hv}.")
+    q_stages, out_in_q = config.q_stages, plane.Hv == plane.H
     bytes_of_plane = 2 * plane.S * (plane.H + plane.Hv) * plane.K // N  # heads of a group share keys and values
     work = work_lib.plan(schedule, B, N, num_sms, L2_BYTES // bytes_of_plane)
     rows = schedule.live.shape[-1]
@@ -127,12 +125,13 @@ def forward(
         def producer():
             plgpu.set_max_registers(REGISTERS[consumers][0], action="decrease")
 
-            def do(item, step):
-                b, n, row = item.b, item.n, item.row
+            def do(item, carry):
+                items, step = carry
+                b, n, row, slot = item.b, item.n, item.row, lax.rem(items, q_stages)
                 group = n // (N // plane.K)
-                plgpu.barrier_wait(shared.q_free)
+                plgpu.barrier_wait(shared.q_free.at[slot])
                 queries = ops.query.at[b, pl.ds(row * block_q, block_q), pl.ds(n * H, H)]
-                plgpu.copy_gmem_to_smem(queries, shared.q, shared.q_full)
+                plgpu.copy_gmem_to_smem(queries, shared.q.at[slot], shared.q_full.at[slot])
 
                 def load(i, step):
                     slot, keys = lax.rem(step, stages), pl.ds(walk.column(item, i) * block_k, block_k)
@@ -144,11 +143,12 @@ def forward(
                     plgpu.copy_gmem_to_smem(v, shared.v.at[slot], shared.v_full.at[slot])
                     return step + 1
 
-                return lax.fori_loop(0, item.live, load, step)
+                return items + 1, lax.fori_loop(0, item.live, load, step)
 
-            walk.for_each(do, jnp.int32(0))
+            walk.for_each(do, (jnp.int32(0), jnp.int32(0)))
             # Nothing is left to load; barriers are left as they were found.
-            plgpu.barrier_wait(shared.q_free)
+            for slot in range(q_stages):
+                plgpu.barrier_wait(shared.q_free.at[slot])
             for slot in range(stages):
                 plgpu.barrier_wait(shared.k_free.at[slot])
                 plgpu.barrier_wait(shared.v_free.at[slot])
@@ -156,14 +156,19 @@ def forward(
         @pl.when(me < consumers)
         def consumer():
             plgpu.set_max_registers(REGISTERS[consumers][1], action="increase")
-            # Everything is free at first, and the turn is the first consumer's.
-            plgpu.barrier_arrive(shared.q_free)
+            # Everything is free at first, and the turn is the first consumer's. Where outputs leave from the queries'
+            # memory, the last slot is let go of by the first item, as if there had been one before.
+            for slot in range(q_stages - out_in_q):
+                plgpu.barrier_arrive(shared.q_free.at[slot])
             for slot in range(stages):
                 plgpu.barrier_arrive(shared.k_free.at[slot])
                 plgpu.barrier_arrive(shared.v_free.at[slot])
             pl.when(me == consumers - 1)(pass_turn)
-            q = shared.q.at[pl.ds(me * R, R)]
-            out_smem = q if reuse_q else shared.out.at[me]
+
+            def free_queries_before(items):
+                """Of the item before: once the copies of its outputs have read them."""
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(shared.q_free.at[lax.rem(items + q_stages - 1, q_stages)])
 
             def softmax(x, m, l, item, i, masked, first=False):
                 """Online softmax of products x [R, C]: probabilities, maximum and sum of each row, and by what to
@@ -188,20 +193,27 @@ def forward(
                 )
                 return p, m_new, l, alpha, raised
 
-            def do(item, step):
+            def do(item, carry):
+                items, step = carry
                 b, n, row, live, *_ = item
+                q_slot = lax.rem(items, q_stages)
+                q = shared.q.at[q_slot, pl.ds(me * R, R)]
+                if out_in_q and q_stages == 1:
+                    free_queries_before(items)
                 m = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), ROWS)
                 l = plgpu.layout_cast(jnp.zeros((R, 8), jnp.float32), TILE)
                 o = plgpu.layout_cast(jnp.zeros((R, Hv), jnp.float32), TILE)
                 x_zero = plgpu.layout_cast(jnp.zeros((R, block_k), jnp.float32), TILE)
                 slot = lax.rem(step, stages)
-                plgpu.barrier_wait(shared.q_full)
+                plgpu.barrier_wait(shared.q_full.at[q_slot])
                 plgpu.barrier_wait(shared.k_full.at[slot])
                 wait_turn()
 
                 def first_scores(s):
                     plgpu.wgmma(s, q, shared.k.at[slot].transpose((1, 0)))
                     pass_turn()
+                    if out_in_q and q_stages > 1:
+                        free_queries_before(items)
                     return s[...]
 
                 x = pl.run_scoped(first_scores, Accumulator((R, block_k), jnp.float32))
@@ -243,8 +255,8 @@ def forward(
                     return o, m, l, p.astype(query.dtype)
 
                 o, m, l, p = walk.sweep(item, tile, (o, m, l, p), first=1)
-                if not reuse_q:
-                    plgpu.barrier_arrive(shared.q_free)
+                if not out_in_q:
+                    plgpu.barrier_arrive(shared.q_free.at[q_slot])
                 slot = lax.rem(step + live - 1, stages)
                 plgpu.barrier_wait(shared.v_full.at[slot])
                 wait_turn()
@@ -265,33 +277,33 @@ def forward(
                     l, m, o = l * alpha + jnp.exp2(sink - shift), m_new, o * along_rows(alpha, o.shape)
                 empty = l == 0
                 l = jnp.where(empty, 1.0, l)
-                # The stores of the item before have to have left shared memory.
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out_smem = q if out_in_q else shared.out.at[me]
+                if not out_in_q:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 out_smem[...] = (o * along_rows(1 / l, o.shape)).astype(query.dtype)
                 shared.lse[me] = jnp.where(empty, -jnp.inf, m * LN2 + jnp.log(l))
                 plgpu.commit_smem()
                 r = pl.ds(row * block_q + me * R, R)
                 plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[b, r, pl.ds(n * Hv, Hv)])
                 plgpu.copy_smem_to_gmem(shared.lse.at[me], lse_gmem.at[b, n, r])
-                if reuse_q:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.barrier_arrive(shared.q_free)
-                return step + live
+                return items + 1, step + live
 
-            walk.for_each(do, jnp.int32(0))
+            items, _ = walk.for_each(do, (jnp.int32(0), jnp.int32(0)))
+            if out_in_q:
+                free_queries_before(items)
             # Takes the turn that is left over: a hardware barrier must not end a kernel half full.
             pl.when(me == 0)(wait_turn)
             plgpu.wait_smem_to_gmem(0)
 
     memory = functools.partial(tile_memory, dtype=query.dtype)
     scratch = _Shared(
-        q=memory(block_q, H),
+        q=memory(q_stages, block_q, H),
         k=memory(stages, block_k, H),
         v=memory(stages, block_k, Hv),
-        out=plgpu.SMEM((8,), jnp.int32) if reuse_q else memory(consumers, R, Hv),
+        out=plgpu.SMEM((8,), jnp.int32) if out_in_q else memory(consumers, R, Hv),
         lse=plgpu.SMEM((consumers, R), jnp.float32),
-        q_full=plgpu.Barrier(),
-        q_free=plgpu.Barrier(num_arrivals=consumers),
+        q_full=plgpu.Barrier(num_barriers=q_stages),
+        q_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=q_stages),
         k_full=plgpu.Barrier(num_barriers=stages),
         k_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
         v_full=plgpu.Barrier(num_barriers=stages),

@@ -4,7 +4,7 @@
 An item is one row of tiles of one head of one batch element (or of the heads of a group, one after another). Its cost
 is the number of its live tiles, so causal rows differ by two orders of magnitude. Where costs are known while tracing
 they are dealt greedily, longest first, each to the multiprocessor with the least; where only the device knows them,
-sorted and dealt in snake order.
+sorted and dealt in snake order. Either way a few planes at a time, whose keys the L2 cache holds.
 """
 
 import functools
@@ -158,13 +158,14 @@ def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int,
     A row without a live tile gets one that is hidden as a whole, so that every row has a first tile.
     """
     rows = _six(schedule)
-    live, xp, heads = rows[..., 0], np if isinstance(rows, np.ndarray) else jnp, N // group
-    costs = xp.broadcast_to(live, (B, N, live.shape[-1])).reshape(B, heads, group, -1).sum(2).reshape(-1)
-    if isinstance(costs, np.ndarray):
+    live, heads = rows[..., 0], N // group
+    together = max(1, planes_in_cache)
+    if isinstance(rows, np.ndarray):
         row_costs: Any = group * live[0, 0]
-        items = _greedy(tuple(int(cost) for cost in row_costs), B * heads, num_sms, max(1, planes_in_cache))
+        items = _greedy(tuple(int(cost) for cost in row_costs), B * heads, num_sms, together)
     else:
-        items = _snake(jnp.argsort(-costs, stable=True).astype(jnp.int32), num_sms)
+        costs = jnp.broadcast_to(live, (B, N, live.shape[-1])).reshape(B, heads, group, -1).sum(2)
+        items = _sorted(costs.reshape(B * heads, -1), num_sms, together)
     order = None if schedule.order is None else jnp.asarray(schedule.order)
     return Work(jnp.asarray(items), jnp.asarray(rows), order)
 
@@ -206,7 +207,7 @@ def _greedy(costs: tuple[int, ...], planes: int, num_sms: int, together: int) ->
     """
     rows = len(costs)
     if len(set(costs)) == 1:
-        return _snake(np.arange(planes * rows, dtype=np.int32), num_sms, straight=True)
+        return _rounds(np.arange(planes * rows, dtype=np.int32)[None], num_sms)
     starts = list(range(0, planes, together))
     even, last = EVEN * planes * sum(cost + 1 for cost in costs) / num_sms, 1
     lists, most = _deal(costs, [*starts, planes], num_sms)
@@ -232,11 +233,26 @@ def _deal(costs: tuple[int, ...], bounds: list[int], num_sms: int) -> tuple[list
     return lists, max(load)[0]
 
 
-def _snake(items: Any, num_sms: int, straight: bool = False) -> Any:
+def _sorted(costs: jax.Array, num_sms: int, together: int) -> jax.Array:
+    """As `_greedy`, of costs [planes, rows] that only the device knows: longest first within each `together` planes.
+
+    Every other round is dealt backwards, and each pair of rounds starts at another multiprocessor, evenly spread: heads
+    cost the same row by row, and without that the same multiprocessors would have the most each time. For packed
+    documents the largest load is 1.00 to 1.09 times the mean.
+    """
+    planes, rows = costs.shape
+    groups = -(-planes // together)
+    costs = jnp.pad(costs, ((0, groups * together - planes), (0, 0)), constant_values=NO_ITEM).reshape(groups, -1)
+    longest_first = jnp.argsort(-costs, axis=1, stable=True) + jnp.arange(groups)[:, None] * (together * rows)
+    dealt = _rounds(jnp.where(longest_first < planes * rows, longest_first, NO_ITEM).astype(jnp.int32), num_sms)
+    sm, pair = np.arange(num_sms), np.arange(len(dealt))[:, None] // 2
+    position = (sm - pair * num_sms // -(-len(dealt) // 2)) % num_sms if groups > 1 else sm + 0 * pair
+    backwards = np.arange(len(dealt))[:, None] % 2 == 1
+    return jnp.take_along_axis(dealt, np.where(backwards, num_sms - 1 - position, position), axis=1)
+
+
+def _rounds(items: Any, num_sms: int) -> Any:
+    """[groups, items] -> [rounds, num_sms], one item a multiprocessor in each round; groups do not share a round."""
     xp: Any = np if isinstance(items, np.ndarray) else jnp
-    padding = xp.full(-len(items) % num_sms, NO_ITEM, np.int32)
-    dealt = xp.concatenate([items, padding]).reshape(-1, num_sms)
-    if straight:
-        return dealt
-    odd = xp.arange(len(dealt))[:, None] % 2 == 1
-    return xp.where(odd, dealt[:, ::-1], dealt)
+    padding = ((0, 0), (0, -items.shape[1] % num_sms))
+    return xp.pad(items, padding, constant_values=NO_ITEM).reshape(-1, num_sms)
