@@ -149,22 +149,24 @@ def _flash_attention_sm80(direction: str, tiles: dict, sizes: tuple[int, ...], m
     query, key = (compiling.array((2, rows, heads, H), jnp.bfloat16) for rows, heads in ((T, N), (S, K)))
     lse = compiling.array((2, N, T), jnp.float32)
     ids = compiling.array((2, T), jnp.int32)
+    bias = compiling.array((N, T, S), jnp.bfloat16) if mask == "bias" else None
 
     def make(ids):
-        return {"none": None, "causal": masks.Causal(), "packed": masks.Causal() & masks.Segments(ids, ids)}[mask]
+        packed = masks.Causal() & masks.Segments(ids, ids)
+        return {"none": None, "causal": masks.Causal(), "packed": packed, "bias": None}[mask]
 
-    def forward(query, key, value, ids):
-        return sm80.forward(query, key, value, None, None, make(ids), **options)
+    def forward(query, key, value, bias, ids):
+        return sm80.forward(query, key, value, bias, None, make(ids), **options)
 
-    def backward(query, key, value, ids, out, lse, dout, dlse):
-        return sm80.backward(query, key, value, None, None, make(ids), out, lse, dout, dlse, **options)
+    def backward(query, key, value, bias, ids, out, lse, dout, dlse):
+        return sm80.backward(query, key, value, bias, None, make(ids), out, lse, dout, dlse, **options)
 
     if direction == "forward":
-        return jax.jit(forward), (query, key, key, ids)
-    return jax.jit(backward), (query, key, key, ids, query, lse, query, lse)
+        return jax.jit(forward), (query, key, key, bias, ids)
+    return jax.jit(backward), (query, key, key, bias, ids, query, lse, query, lse)
 
 
-# name -> direction, tiles of Sm80Config, (T, S, N, K, H), mask
+# name -> direction, tiles of Sm80Config, (T, S, N, K, H), mask or bias
 _SM80 = {
     "forward_d64": ("forward", {}, (1024, 1024, 8, 8, 64), "none"),
     "forward_d128_causal_gqa": ("forward", {"block_k": 32}, (1024, 1024, 8, 2, 128), "causal"),
@@ -178,6 +180,7 @@ _SM80 = {
         "causal",
     ),
     "backward_packed": ("backward", {"dkv_block_q": 32, "dq_block_k": 32}, (1000, 1000, 8, 8, 64), "packed"),
+    "backward_bias": ("backward", {"dkv_block_q": 32, "dq_block_k": 32}, (1000, 1000, 8, 8, 64), "bias"),
 }
 
 # What takes a path of its own through the Hopper kernel, and whether its main loop must be free of spills: two
@@ -203,6 +206,7 @@ _SM90_BACKWARD_SHAPES = {
     "d64_full_2k": True,
     "d64_causal_8k": True,
     "mqa_packed_300": False,
+    "full_bias_60_75": False,
 }
 
 CASES: tuple[Case, ...] = (

@@ -20,15 +20,11 @@ from pallas_kernels.core.arrays import arrays_of, with_arrays
 from pallas_kernels.flash_attention import reference
 from pallas_kernels.flash_attention.config import Sm80Config, Sm90Config
 from pallas_kernels.flash_attention.mosaic_gpu import sm90, sm90_backward
-from pallas_kernels.flash_attention.shapes import SHAPES, Shape, causal, everything, normal
+from pallas_kernels.flash_attention.shapes import SHAPES, Shape, causal, everything, normal, plain
 from tests import conformance, interpreters
 from tests.flash_attention import test_conformance
 
 HOPPER = dataclasses.replace(device.H100, num_cores=2)
-
-
-def everything_but_bias(shape, random):
-    return {name: value for name, value in everything(shape, random).items() if name != "bias"}
 
 
 # What takes a path of its own: one and several tiles, ragged tails, rows that see nothing, grouped heads, schedules
@@ -36,7 +32,7 @@ def everything_but_bias(shape, random):
 CASES = {name: SHAPES[name] for name in ("ragged_113_203", "causal_tall_200_70", "mqa_packed_300", "head_dim_72")} | {
     "full": Shape(1, 130, 200, 2, 2, 128),
     "grouped": Shape(1, 130, 300, 4, 2, 128, extras=causal),
-    "everything_but_bias": Shape(2, 90, 150, 4, 2, 48, 56, extras=everything_but_bias),
+    "everything": Shape(2, 90, 150, 4, 2, 48, 56, extras=everything),
 }
 pytestmark = pytest.mark.timeout(120, method="thread")
 
@@ -76,11 +72,13 @@ def test_gradients_repeat_ten_times(large):
 def check(shape: Shape, config: Sm80Config | Sm90Config, dtype="bfloat16") -> None:
     """Output, LSE and all gradients, as right as the naive way allows."""
     arguments = shape.make(dtype, jax.random.key(0))
-    attend = functools.partial(flash_attention, return_lse=True, config=config)
-    implementation = "mosaic_gpu" if arguments.get("bias") is None else ("mosaic_gpu", "xla")  # the latter's gradient
+    check_arguments(arguments, config)
 
+
+def check_arguments(arguments, config: Sm80Config | Sm90Config) -> None:
     def call(arrays):
-        return attend(**with_arrays(arguments, arrays), implementation=implementation)
+        options = {"return_lse": True, "implementation": "mosaic_gpu", "config": config}
+        return flash_attention(**with_arrays(arguments, arrays), **options)
 
     with device.assume(HOPPER), interpreters.mosaic_gpu():
         conformance.assert_agrees(
@@ -97,17 +95,30 @@ def test_hopper(name):
 
 
 @pytest.mark.parametrize(
-    "config", [Sm90Config(3, stages=3, lazy_rescale=True), Sm90Config(block_k=64, stages=1, q_stages=1)], ids=str
+    "config",
+    [Sm90Config(3, stages=3, lazy_rescale=True), Sm90Config(block_k=64, stages=1, q_stages=1), Sm90Config(block_k=160)],
+    ids=str,
 )
 def test_tiles_of_hopper(config):
     check(Shape(1, 330, 260, 2, 2, 64), config, "float16")
 
 
-def test_bias_on_hopper():
-    check(SHAPES["full_bias_60_75"], Sm90Config())
+@pytest.mark.parametrize("config", [Sm90Config(), Sm80Config()], ids=lambda config: type(config).__name__)
+def test_bias(config):
+    check(SHAPES["everything_90_150"], config)
 
 
-@pytest.mark.parametrize("name", ["ragged_113_203", "mqa_packed_300", "everything_but_bias"])
+@pytest.mark.parametrize(
+    ("bias", "extras"),
+    [((90, 1), plain), ((1, 2, 90, 130), causal), ((2, 1, 1, 130), causal)],
+    ids=["rows", "heads", "columns"],
+)
+def test_the_gradient_of_a_broadcast_bias_is_summed(bias, extras):
+    arguments = Shape(2, 90, 130, 2, 1, 64, extras=extras).make("bfloat16", jax.random.key(3))
+    check_arguments(arguments | {"bias": normal(np.random.default_rng(0), bias)}, Sm90Config())
+
+
+@pytest.mark.parametrize("name", ["ragged_113_203", "mqa_packed_300", "everything"])
 def test_ampere(name):
     check(CASES[name], Sm80Config(block_q=64, block_k=32, dkv_block_q=32, dq_block_k=32))
 
@@ -179,7 +190,6 @@ def test_types_inside_shard_map():
     """Tracing is what shard_map's check of types looks at; on a GPU the conformance suite runs it."""
     suite = test_conformance.TestFlashAttention()
     arguments, specs, out_specs = suite.sharded()
-    del arguments["bias"], specs["bias"]
     arguments |= {name: arguments[name].astype("bfloat16") for name in ("query", "key", "value")}
     arrays, leaves = arrays_of(arguments), [spec for name, spec in specs.items() for _ in arrays_of(arguments[name])]
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

@@ -63,7 +63,8 @@ def test_what_the_device_deals_is_even(together, longest_last):
     assert loads.max() <= 1.1 * costs.sum() / 132
     if together < 16:  # heads are worked on in their order
         heads = np.where(items == work.NO_ITEM, -1, items // len(rows))
-        assert (heads.max(1)[:-2] < heads.max(1)[2:] + together).all() and heads[0].max() < together
+        assert (heads.max(1)[:-2] < heads.max(1)[2:] + together).all()
+        assert heads[0].max() < together
 
 
 @pytest.mark.parametrize("mask", STATIC_MASKS, ids=str)

@@ -276,9 +276,10 @@ def swizzle_bytes(width: int) -> int:
     return next(swizzle for swizzle in (128, 64, 32) if 2 * width % swizzle == 0)
 
 
-def tile_memory(*shape: int, dtype) -> Any:
-    """Shared memory for a tile (or several) of a 16-bit dtype, swizzled for ldmatrix and wgmma."""
-    swizzle = swizzle_bytes(shape[-1])
+def tile_memory(*shape: int, dtype, depth: int | None = None) -> Any:
+    """Shared memory for a tile (or several) of a 16-bit dtype, swizzled for ldmatrix and wgmma. `depth` is the size
+    of the axis that a wgmma sums over, if it is not the last: it has to be whole swizzled tiles, too."""
+    swizzle = swizzle_bytes(shape[-1] if depth is None else math.gcd(shape[-1], depth))
     tiling: Any = plgpu.TilingTransform
     swizzling: Any = plgpu.SwizzleTransform
     return plgpu.SMEM(shape, dtype, transforms=(tiling((8, swizzle // 2)), swizzling(swizzle)))

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """flash_attention for Ampere and Ada: mma.sync products, cp.async copies; runs on Hopper too, with TMA copies.
 
-Three kernels of one warpgroup (128 threads) a block, all in registers but the operands, which sit in shared memory:
+Kernels of one warpgroup (128 threads) a block, all in registers but the operands, which sit in shared memory:
 
     forward   block = block_q query rows    loop over k tiles   S = Q K^T       online softmax       O  += P V
     dK, dV    block = block_k key columns   loop over q tiles   S^T = K Q^T     dP^T = V dO^T        dV += P^T dO
               (and over the G query heads that share them)      dS^T = P^T * (dP^T - delta)          dK += dS^T Q
     dQ        block = block_q query rows    loop over k tiles   S, dP = dO V^T, dS as above          dQ += dS K
+    dbias     block = a tile of the bias    loop over the tiles that share it                        dbias += dS
 
 Each result is summed by one block in one order, so that it repeats bit for bit. A warp owns whole rows of its tile: the
 accumulator of one product is, register by register, the left operand of the next (`_to_left`), and nothing is
@@ -70,8 +71,6 @@ def supports(call: Call, device: Device) -> Refusal | None:
         return Refusal(f"its tensor-core products take bfloat16 and float16, not {dtype}; cast the inputs")
     if max(s["H"], s["Hv"]) > 256:
         return Refusal(f"head dim {max(s['H'], s['Hv'])} > 256 does not fit the registers of a warpgroup")
-    if call.direction == "backward" and call.argument("bias") is not None:
-        return Refusal("its backward pass has no gradient for bias; without bias, or with a mask instead, it runs")
     return None
 
 
@@ -504,10 +503,88 @@ def _backward_queries(plane: Plane, schedule: tiles.Schedule, ops: Operands, con
     )
 
 
+def bias_gradient(
+    query, key, value, bias, mask, dout, lse, delta, *, scale: float, soft_cap: float | None
+) -> jax.Array | None:
+    """dbias, in the shape and dtype of bias: dS, before its scale and the slope of the soft cap, summed over all that
+    share an entry. XLA leaves the kernel out where nobody asks for this gradient."""
+    if bias is None:
+        return None
+    bq, bk = (64, 64) if max(query.shape[3], value.shape[3]) <= 128 else (64, 32)
+    inputs = query, key, value, bias, None, mask, scale, soft_cap, bq, bk
+    plane, _, ops = _prepare(*inputs, dout=dout, rows=(lse, delta))
+    T, S, H, Hv, dtype, copies = plane.T, plane.S, plane.H, plane.Hv, plane.dtype, _copies()
+    classes = jnp.asarray(tiles.classify(mask, T, S, bq, bk)).astype(jnp.int32)
+    ops = ops._replace(where=classes)
+    # How many tiles each axis has in the bias, and how many of the plane share one of those.
+    shape = (1,) * (4 - bias.ndim) + bias.shape
+    whole = plane.B, plane.N, math.ceil(T / bq), math.ceil(S / bk)
+    kept = [1 if size == 1 else n for size, n in zip(shape, whole, strict=True)]
+    summed = [n // m for n, m in zip(whole, kept, strict=True)]
+
+    def body(ops, outs, *, q, k, v, dout, arrived=None):
+        of_bias = _coordinates(lax.axis_index("block"), kept)
+
+        def tile(step, acc):
+            b, n, i, j = (x + y for x, y in zip(of_bias, _coordinates(step, summed), strict=True))
+            group, rows, keys = n // (plane.N // plane.K), pl.ds(i * bq, bq), pl.ds(j * bk, bk)
+
+            def compute():
+                copies.start(ops.query.at[b, rows, pl.ds(n * H, H)], q, arrived)
+                copies.start(ops.key.at[b, keys, pl.ds(group * H, H)], k, arrived)
+                copies.start(ops.value.at[b, keys, pl.ds(group * Hv, Hv)], v, arrived)
+                copies.start(ops.dout.at[b, rows, pl.ds(n * Hv, Hv)], dout, arrived)
+                lse, delta = (
+                    plgpu.load(ops.stats.at[b, n, i, pl.ds(half * bq, bq)], layout=plane.acc.reduce(1), optimized=False)
+                    for half in (0, 1)
+                )
+                copies.wait(arrived, 0, True)
+                x = _product(plane.zeros(bq, bk), q, k)
+                x, _ = plane.logits(x, ops, At(b, n, i * bq, j * bk), masked=True)
+                p = jnp.exp2(x * plane.unit - along_rows(lse, (bq, bk)))
+                dp = _product(plane.zeros(bq, bk), dout, v)
+                return acc + slopes(p, dp, along_rows(delta, (bq, bk)), None)
+
+            if mask is None:
+                return compute()
+            here = ops.where[broadcast_index(b, classes.shape[0]), broadcast_index(n, classes.shape[1]), i, j]
+            return lax.cond(here != tiles.EMPTY, compute, lambda: acc)
+
+        (dbias_gmem,) = outs
+        dbias = lax.fori_loop(0, math.prod(summed), tile, plane.zeros(bq, bk))
+        b, n, i, j = of_bias
+        dbias_gmem[b, n, pl.ds(i * bq, bq), pl.ds(j * bk, bk)] = dbias
+
+    (dbias,) = _launch(
+        "flash_attention_sm80_dbias",
+        body,
+        ops,
+        [jax.ShapeDtypeStruct((kept[0], kept[1], kept[2] * bq, kept[3] * bk), jnp.float32)],
+        _Grid(math.prod(kept), 1, 1),
+        {
+            "q": tile_memory(bq, H, dtype=dtype),
+            "k": tile_memory(bk, H, dtype=dtype),
+            "v": tile_memory(bk, Hv, dtype=dtype),
+            "dout": tile_memory(bq, Hv, dtype=dtype),
+            "arrived": copies.barrier(4),
+        },
+        cost_estimate(plane, products=2),
+    )
+    # Of axes along which the bias is broadcast, a tile of sums is left.
+    dbias = dbias.sum([axis for axis in (2, 3) if shape[axis] == 1], keepdims=True)[:, :, :T, :S]
+    return dbias.reshape(bias.shape).astype(bias.dtype)
+
+
+def _coordinates(index: Any, sizes: Sequence[int]) -> list[Any]:
+    """Of an index into an array of `sizes`, row-major."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    return [index // stride % size for stride, size in zip(strides, sizes, strict=True)]
+
+
 # ---- From arrays as the API has them to arrays as the kernels want them, and back ----
 
 
-def _prepare(*arguments, transposed: bool = False, dout=None, rows=()):
+def _prepare(*arguments, transposed: bool = False, hide_tail: bool = True, dout=None, rows=()):
     """`plane.prepare` for this file's kernels; the last two of `arguments` are block_q and block_k. `rows` are the LSE
     and delta of a backward pass."""
     plane, schedule, ops = prepare(
@@ -515,7 +592,7 @@ def _prepare(*arguments, transposed: bool = False, dout=None, rows=()):
         acc=plgpu.Layout.MMA_ACC(arguments[0].dtype),
         copies_fill=_copies().fill,
         transposed=transposed,
-        hide_tail=not transposed,  # as rows of dK and dV, keys from S on are not stored
+        hide_tail=hide_tail,
         dout=dout,
     )
     stats = _flat(row_stats(*rows, block_q=arguments[-2])) if rows else None
@@ -565,13 +642,12 @@ def backward(
     config: Sm80Config,
 ) -> Gradients:
     """Gradients from the residuals (q, k, v, out, lse), each summed in one fixed order."""
-    if bias is not None:
-        raise NotImplementedError("flash_attention sm80 has no gradient for bias; `supports` says so.")
     (B, T, N, H), (_, S, K, Hv) = query.shape, value.shape
     delta = deltas(out, lse, dout, dlse)
-    inputs = query, key, value, None, None, mask, scale, soft_cap
+    inputs = query, key, value, bias, None, mask, scale, soft_cap
     rest: dict[str, Any] = {"dout": dout, "rows": (lse, delta)}
-    by_keys = _prepare(*inputs, config.dkv_block_q, config.dkv_block_k, transposed=True, **rest)
+    # As rows of dK and dV, keys from S on are not stored.
+    by_keys = _prepare(*inputs, config.dkv_block_q, config.dkv_block_k, transposed=True, hide_tail=False, **rest)
     dk, dv = _backward_keys(*by_keys, config)
     (dq,) = _backward_queries(*_prepare(*inputs, config.dq_block_q, config.dq_block_k, **rest), config)
     H_padded, Hv_padded = H + -H % 16, Hv + -Hv % 16
@@ -579,6 +655,6 @@ def backward(
         dq.reshape(B, -1, N, H_padded)[:, :T, :, :H],
         dk.reshape(B, -1, K, H_padded)[:, :S, :, :H],
         dv.reshape(B, -1, K, Hv_padded)[:, :S, :, :Hv],
-        None,
+        bias_gradient(query, key, value, bias, mask, dout, lse, delta, scale=scale, soft_cap=soft_cap),
         sink_gradient(sink, lse, delta),
     )

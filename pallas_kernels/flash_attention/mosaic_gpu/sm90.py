@@ -299,7 +299,7 @@ def forward(
     scratch = _Shared(
         q=memory(q_stages, block_q, H),
         k=memory(stages, block_k, H),
-        v=memory(stages, block_k, Hv),
+        v=memory(stages, block_k, Hv, depth=block_k),
         out=plgpu.SMEM((8,), jnp.int32) if out_in_q else memory(consumers, R, Hv),
         lse=plgpu.SMEM((consumers, R), jnp.float32),
         q_full=plgpu.Barrier(num_barriers=q_stages),

@@ -32,7 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.config import Sm90Config
-from pallas_kernels.flash_attention.mosaic_gpu import ptx
+from pallas_kernels.flash_attention.mosaic_gpu import ptx, sm80
 from pallas_kernels.flash_attention.mosaic_gpu import work as work_lib
 from pallas_kernels.flash_attention.mosaic_gpu.plane import (
     At,
@@ -103,14 +103,12 @@ def backward(
     num_sms: int,
 ) -> Gradients:
     """Gradients from the residuals (q, k, v, out, lse), for head dims up to 128."""
-    if bias is not None:
-        raise NotImplementedError("flash_attention sm90 has no gradient for bias; `supports` says so.")
     (B, T, N, H), (_, S, K, Hv) = query.shape, value.shape
     width = 64 if max(H, Hv) <= 64 else 128
     rows_q, stages, G = block_q(width), config.backward_stages, N // K
     delta = deltas(out, lse, dout, dlse)
     plane, schedule, ops = prepare(
-        *(query, key, value, None, None, mask, scale, soft_cap, rows_q, BLOCK_K),
+        *(query, key, value, bias, None, mask, scale, soft_cap, rows_q, BLOCK_K),
         acc=TILE,
         copies_fill=True,
         transposed=True,
@@ -306,7 +304,7 @@ def backward(
         (heads_of_queries.astype(jnp.float32) * inverse).astype(query.dtype),
         dk.reshape(B, -1, K, H)[:, :S, :, : key.shape[3]],
         dv.reshape(B, -1, K, H)[:, :S, :, :Hv],
-        None,
+        sm80.bias_gradient(query, key, value, bias, mask, dout, lse, delta, scale=scale, soft_cap=soft_cap),
         sink_gradient(sink, lse, delta),
     )
 
