@@ -212,6 +212,8 @@ SHAPES: dict[str, Shape] = {
     "packed_16k": Shape(1, 2**14, 2**14, 16, 16, 128, mask_name="packed", extras=packed_log_uniform(128, 2**14)),
     "window_1k_16k": Shape(1, 16384, 16384, 16, 16, 128, mask_name="window", extras=window(1023)),
     "window_4k_16k": Shape(1, 16384, 16384, 16, 16, 128, mask_name="window", extras=window(4095)),
+    # Sixteen drafted tokens to verify for each of 32 sequences.
+    "short_16_8k": Shape(32, 16, 8192, 32, 8, 128, mask_name="causal", extras=causal),
     # No multiple of any tile; the second is a chunk of a prompt that comes after 7168 other tokens.
     "ragged_4099": Shape(4, 4099, 4099, 16, 16, 128, mask_name="causal", extras=causal),
     "ragged_1023_8191": Shape(4, 1023, 8191, 16, 16, 128, mask_name="causal", extras=causal),

@@ -184,7 +184,8 @@ _SM80 = {
 }
 
 # What takes a path of its own through the Hopper kernel, and whether its main loop must be free of spills: two
-# consumers with and without a mask, grouped heads, three consumers, wide and unequal heads, arrays in the mask, bias.
+# consumers with and without a mask, grouped heads, three consumers, wide and unequal heads, short queries whose heads
+# share tiles, arrays in the mask, bias.
 _SM90_SHAPES = {
     "d128_full_2k": True,
     "d128_causal_2k": True,
@@ -192,6 +193,7 @@ _SM90_SHAPES = {
     "d64_full_2k": True,
     "d64_causal_8k": True,
     "head_dims_192_128": True,
+    "short_16_8k": True,
     "packed_16k": True,
     "everything_90_150": True,
     "full_bias_60_75": True,

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import flash_attention, masks
 from pallas_kernels.core import device
 from pallas_kernels.core.arrays import arrays_of, with_arrays
-from pallas_kernels.flash_attention import reference
+from pallas_kernels.flash_attention import mosaic_gpu, reference
 from pallas_kernels.flash_attention.config import Sm80Config, Sm90Config
 from pallas_kernels.flash_attention.mosaic_gpu import sm90, sm90_backward
 from pallas_kernels.flash_attention.shapes import SHAPES, Shape, causal, everything, normal, plain
@@ -101,6 +101,31 @@ def test_hopper(name):
 )
 def test_tiles_of_hopper(config):
     check(Shape(1, 330, 260, 2, 2, 64), config, "float16")
+
+
+def every_kind_of_row(shape, random):
+    """Bias and mask that differ by batch element, head and row."""
+    lengths = jnp.asarray(random.integers(shape.S // 2, shape.S, shape.B))
+    ids = [jnp.asarray(np.sort(random.integers(0, 2, (shape.B, n)))) for n in (shape.T, shape.S)]
+    per_head = jnp.asarray(random.random((shape.N, shape.T, shape.S)) < 0.9)
+    mask = masks.Causal() & masks.Window(80, None) & masks.Dense(per_head)
+    mask = mask | masks.Segments(*ids) & masks.Lengths(lengths)
+    return {"mask": mask, "bias": normal(random, (shape.N, shape.T, 1), "float32")}
+
+
+@pytest.mark.parametrize(
+    ("config", "extras"), [(Sm90Config(), every_kind_of_row), (Sm80Config(), causal)], ids=["sm90", "sm80"]
+)
+def test_heads_of_a_group_share_tiles_of_short_queries(config, extras, monkeypatch):
+    shape, seen = Shape(3, 20, 150, 6, 2, 64, extras=extras), []
+    monkeypatch.setattr(mosaic_gpu, "_forward", functools.partial(_spied, seen, mosaic_gpu._forward))
+    check(shape, config)
+    assert set(seen) == {(3, 60, 2, 64)}
+
+
+def _spied(seen, forward, query, *arguments, **options):
+    seen.append(query.shape)
+    return forward(query, *arguments, **options)
 
 
 @pytest.mark.parametrize("config", [Sm90Config(), Sm80Config()], ids=lambda config: type(config).__name__)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 
 from pallas_kernels import masks
+from pallas_kernels.masks.grouped import group_rows
 from pallas_kernels.masks.lowered import lower
 from tests.masks.test_masks import B, N, cases
 
@@ -23,6 +24,14 @@ def test_visible_is_the_dense_array(case):
         lowered.dense,
     )
     np.testing.assert_array_equal(np.broadcast_to(visible, (B, N, T, S)), np.broadcast_to(array, (B, N, T, S)))
+
+
+@given(cases())
+def test_heads_of_a_group_as_rows(case):
+    mask, array, T, S, *_ = case
+    together = group_rows(mask, N, T, S)  # one group of all heads
+    want = np.swapaxes(array[:, None], 2, 3).reshape(B, 1, T * N, S)
+    np.testing.assert_array_equal(np.broadcast_to(together.as_array(T * N, S), want.shape), want)
 
 
 def test_static_masks_store_nothing():

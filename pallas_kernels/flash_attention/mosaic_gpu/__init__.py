@@ -3,7 +3,16 @@
 
 The type of the config decides which one runs; without one, the device (`config.kinds`). sm80.py runs on Hopper too if
 it is asked for.
+
+Short queries of grouped heads fill a tile together in the forward pass: the G heads that share keys and values become
+rows of it, [B, T, K * G, H] -> [B, T * G, K, H]. A tile of 128 rows that holds 16 queries uses an eighth of the tensor
+cores, and keys and values are read once a head.
 """
+
+import math
+
+import jax
+import jax.numpy as jnp
 
 from pallas_kernels.core import device as device_lib
 from pallas_kernels.core.device import Device
@@ -11,14 +20,50 @@ from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.flash_attention.config import Sm80Config, Sm90Config
 from pallas_kernels.flash_attention.mosaic_gpu import sm80
 from pallas_kernels.flash_attention.xla import Gradients
+from pallas_kernels.masks import Mask, grouped
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
     return sm80.supports(call, device)
 
 
-def forward(*arguments, config: Sm80Config | Sm90Config, **options):
+def forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    sink: jax.Array | None,
+    mask: Mask | None,
+    *,
+    config: Sm80Config | Sm90Config,
+    **options,
+) -> tuple[jax.Array, jax.Array]:
     """As `xla.forward`."""
+    (B, T, N, H), (_, S, K, Hv) = query.shape, value.shape
+    G = N // K
+    if sink is not None or not _grouping_pays(query, key, config):
+        return _forward(query, key, value, bias, sink, mask, config=config, **options)
+    query = jnp.swapaxes(query.reshape(B, T, K, G, H), 2, 3).reshape(B, T * G, K, H)
+    bias = None if bias is None else jnp.asarray(grouped.group_rows_of_array(bias, G))
+    mask = None if mask is None else grouped.group_rows(mask, G, T, S)
+    out, lse = _forward(query, key, value, bias, None, mask, config=config, **options)
+    out = jnp.swapaxes(out.reshape(B, T, G, K, Hv), 2, 3).reshape(B, T, N, Hv)
+    return out, jnp.swapaxes(lse.reshape(B, K, T, G), 2, 3).reshape(B, N, T)
+
+
+def _grouping_pays(query: jax.Array, key: jax.Array, config: Sm80Config | Sm90Config) -> bool:
+    """Whether queries are shorter than a tile, and the multiprocessors are done in fewer rounds if heads share tiles:
+    with few planes, one head each keeps more of them busy."""
+    block_q = config.block_q if isinstance(config, Sm80Config) else 64 * config.consumers
+    (B, T, N, _), K = query.shape, key.shape[2]
+
+    def rounds(heads: int, rows: int) -> int:
+        return math.ceil(B * heads * math.ceil(rows / block_q) / _num_sms())
+
+    return block_q > T and rounds(K, T * N // K) < rounds(N, T)
+
+
+def _forward(*arguments, config: Sm80Config | Sm90Config, **options):
     if isinstance(config, Sm80Config):
         return sm80.forward(*arguments, config=config, **options)
     from pallas_kernels.flash_attention.mosaic_gpu import sm90
