@@ -51,13 +51,14 @@ def test_a_schedule_made_on_the_device_is_dealt_too():
     assert sorted(items[items != work.NO_ITEM]) == list(range(2 * 4))
 
 
-@pytest.mark.parametrize("together", [1, 2, 16])
+@pytest.mark.parametrize("together", [1, 2, 16, 1000])
 @pytest.mark.parametrize("longest_last", [False, True])
 def test_what_the_device_deals_is_even(together, longest_last):
     """16 heads of four packed documents of 16k tokens, to an H100, which holds the keys of `together` heads."""
     rows = np.concatenate([np.arange(length) + 1 for length in (70, 3, 40, 15)])
     costs = np.tile(rows[::-1] if longest_last else rows, (16, 1))
     items = np.asarray(work._sorted(jnp.asarray(costs), 132, together))
+    assert len(items) == -(-costs.size // 132)
     assert sorted(items[items != work.NO_ITEM]) == list(range(costs.size))
     loads = np.append(costs.ravel(), 0)[items].sum(0)  # NO_ITEM is -1, the last
     assert loads.max() <= 1.1 * costs.sum() / 132

@@ -241,6 +241,7 @@ def _sorted(costs: jax.Array, num_sms: int, together: int) -> jax.Array:
     documents the largest load is 1.00 to 1.09 times the mean.
     """
     planes, rows = costs.shape
+    together = min(together, planes)
     groups = -(-planes // together)
     costs = jnp.pad(costs, ((0, groups * together - planes), (0, 0)), constant_values=NO_ITEM).reshape(groups, -1)
     longest_first = jnp.argsort(-costs, axis=1, stable=True) + jnp.arange(groups)[:, None] * (together * rows)
