@@ -23,18 +23,21 @@ from pallas_kernels.core import tolerance
 from pallas_kernels.core.arrays import arrays_of, is_array, with_arrays
 
 DTYPES = ("float32", "bfloat16", "float16")
-# How the work is done, not what it is: every other parameter must change the output.
-PLUMBING = {"implementation", "config", "return_lse"}
 
 
 class Suite:
-    """Subclass it as `Test...`, fill in the attributes and the methods that raise NotImplementedError."""
+    """Subclass it as `Test...`, fill in the attributes and the methods that raise NotImplementedError.
+
+    `plumbing` is how the work is done, not what it is: every other parameter must change the output.
+    """
 
     function: ClassVar[Callable]
     shapes: ClassVar[Mapping[str, Any]]
     implementations: ClassVar[Sequence[str]]
     probe: ClassVar[str]  # the shape on which transformations are tried
     probe_dtypes: ClassVar[Mapping[str, str]] = {}  # and the dtype, for implementations that do not take float32
+    differentiable: ClassVar[bool] = True
+    plumbing: ClassVar[frozenset[str]] = frozenset({"implementation", "config", "return_lse"})
 
     def call(self, arguments: dict[str, Any], implementation: str) -> Any:
         """All outputs of the op, a pytree."""
@@ -57,7 +60,7 @@ class Suite:
         def of(method):
             return transform(method if template is None else lambda arrays: method(with_arrays(template, arrays)))
 
-        assert_agrees(call, of(self.reference), of(self.naive), arguments, jit)
+        assert_agrees(call, of(self.reference), of(self.naive), arguments, jit, self.differentiable)
 
     def changes(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """For every parameter of the function another value than in `arguments`, which must show."""
@@ -109,7 +112,7 @@ class Suite:
         arguments = self.arguments(self.probe, "bfloat16", implementation)
         call = self.of_arrays(arguments, implementation)
         arrays = arrays_of(arguments)
-        run = jax.jit(functools.partial(value_and_gradients, call))
+        run = jax.jit(functools.partial(value_and_gradients if self.differentiable else value_alone, call))
         cotangents = random_cotangents(call, arrays, 0)
         first, second = run(arrays, cotangents), run(arrays, cotangents)
         jax.tree.map(np.testing.assert_array_equal, first, second)
@@ -134,7 +137,7 @@ class Suite:
     def test_each_argument_changes_the_output_or_is_refused(self, implementation):
         arguments = self.probe_arguments(implementation)
         changes = self.changes(arguments)
-        assert set(changes) == set(inspect.signature(self.function).parameters) - PLUMBING
+        assert set(changes) == set(inspect.signature(self.function).parameters) - self.plumbing
         before = jax.tree.leaves(self.call(arguments, implementation))
         for name, value in changes.items():
             try:
@@ -160,6 +163,11 @@ def value_and_gradients(function: Callable, arguments, cotangents: Sequence[jax.
     return outputs, vjp([ct.astype(x.dtype) for ct, x in zip(cotangents, outputs, strict=True)])[0]
 
 
+def value_alone(function: Callable, arguments, cotangents: Sequence[jax.Array]) -> tuple[list, list]:
+    """As `value_and_gradients`, of what has no gradient."""
+    return jax.tree.leaves(function(arguments)), []
+
+
 def random_cotangents(function: Callable, arguments, seed: int) -> list[jax.Array]:
     """Cotangents in the precision of the function's outputs, so that every other precision can hold them."""
     random = np.random.default_rng(seed)
@@ -167,13 +175,16 @@ def random_cotangents(function: Callable, arguments, seed: int) -> list[jax.Arra
     return [jnp.asarray(random.standard_normal(x.shape), x.dtype) for x in outputs]
 
 
-def assert_agrees(function: Callable, reference: Callable, naive: Callable, arguments, jit: bool = True) -> None:
+def assert_agrees(
+    function: Callable, reference: Callable, naive: Callable, arguments, jit: bool = True, gradients: bool = True
+) -> None:
     """Outputs and gradients of `function(arguments)` are as near to `reference` in float64 as core/tolerance.py
     asks, with `naive` as the naive way. Python numbers among the arguments stay static."""
 
     def evaluate(function):
         def run(arrays, cotangents):
-            return value_and_gradients(lambda a: function(with_arrays(arguments, a)), arrays, cotangents)
+            evaluated = value_and_gradients if gradients else value_alone
+            return evaluated(lambda a: function(with_arrays(arguments, a)), arrays, cotangents)
 
         return run
 

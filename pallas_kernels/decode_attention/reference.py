@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""THE SPECIFICATION of decode_attention: plain jnp, all logits at once, no speed. If in doubt, this is right.
+
+    position of query t   p = length - T + t
+    visible               s < length,  s <= p,  s > p - window
+    logit[t, s]           soft_cap * tanh(scale * q[t].k[s] / soft_cap)      (or scale * q[t].k[s])
+    out[t]                sum_s exp(logit[t, s]) v[s] / (sum_s exp(logit[t, s]) + exp(sink))     0 where nothing is seen
+    lse[t]                log of the denominator                                              -inf where nothing is seen
+
+An asynchronous softmax changes no result; `out_of_bounds` says which rows it would compute again.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core.device import Device
+from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.decode_attention.cache import Cache
+from pallas_kernels.decode_attention.softmax import UnifiedMax
+
+
+def supports(call: Call, device: Device) -> Refusal | None:
+    return None  # everything; "auto" never asks
+
+
+def attention(
+    query: jax.Array,
+    cache: Cache,
+    sink: jax.Array | None = None,
+    unified_max: UnifiedMax | None = None,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    window: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output [B, T, N, Hv] and LSE [B, N, T], float32 (float64 for float64 input), and how many rows of each sequence
+    are out of the bounds of `unified_max`, int32 [B]."""
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    (B, T, N, H), S = query.shape, cache.S
+    key, value = (
+        rows if one is None else rows * one.astype(dtype)[:, None]
+        for rows, one in (
+            (cache.keys(0, S, dtype), cache.key_scale),
+            (cache.values(0, S, dtype), cache.value_scale),
+        )
+    )
+    K = key.shape[2]
+    # Head n shares the keys of head n // G, so that the heads of a group are neighbors.
+    logits = jnp.einsum("btkgh,bskh->bkgts", query.astype(dtype).reshape(B, T, K, N // K, H), key) * scale
+    logits = logits.reshape(B, N, T, S)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    seen = visible(cache.lengths, T, jnp.arange(S), window)[:, None]
+    logits = jnp.where(seen, logits, -jnp.inf)
+    everything = logits
+    if sink is not None:
+        column = jnp.broadcast_to(sink.astype(dtype)[:, None, None], (B, N, T, 1))
+        everything = jnp.concatenate([logits, column], axis=-1)
+    lse = jax.nn.logsumexp(everything, axis=-1)
+    p = jnp.exp(logits - jnp.where(jnp.isneginf(lse), 0, lse)[..., None])
+    # A key that nobody sees may be anything: nothing times it is nothing.
+    value = jnp.where(seen.any((1, 2))[:, :, None, None], value, 0)
+    out = jnp.einsum("bkgts,bskh->btkgh", p.reshape(B, K, N // K, T, S), value).reshape(B, T, N, -1)
+    return out, lse, out_of_bounds(logits, seen, unified_max)
+
+
+def visible(lengths: jax.Array, T: int, s: jax.Array, window: int | None) -> jax.Array:
+    """Which of the keys number `s` each query sees: bool [B, T, keys]."""
+    position = (lengths[:, None] - T + jnp.arange(T))[:, :, None]
+    seen = (s <= position) & (s < lengths[:, None, None])
+    return seen if window is None else seen & (s > position - window)
+
+
+def out_of_bounds(logits: jax.Array, seen: jax.Array, unified_max: UnifiedMax | None) -> jax.Array:
+    """How many rows of each sequence, int32 [B]."""
+    if unified_max is None:
+        return jnp.zeros(len(logits), jnp.int32)
+    phi = unified_max.per_head(logits.shape[1])[:, None, None]
+    rows = jnp.any(seen & unified_max.out_of_bounds(logits - phi), axis=-1)
+    return jnp.sum(rows, axis=(1, 2), dtype=jnp.int32)

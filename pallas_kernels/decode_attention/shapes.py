@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named calls of decode_attention, shared by tests, tuner and benchmarks.
+
+>>> import jax, jax.numpy as jnp
+>>> arguments = SHAPES["paged_16"].make(jnp.bfloat16, jax.random.key(0))
+>>> arguments["key"].shape, arguments["page_table"].shape
+((26, 16, 2, 64), (3, 8))
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.decode_attention.softmax import UnifiedMax
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One call. Letters as in the API.
+
+    Attributes:
+      page: keys of a page, or 0 for a dense cache.
+      lengths: of the sequences; () draws them, with 0 and S among them.
+      cache: dtype of a quantized cache, or "".
+      options: arguments that are not arrays.
+      extras: arrays to add: "sink", "phi".
+    """
+
+    B: int
+    S: int
+    N: int
+    K: int
+    H: int
+    Hv: int = 0  # 0 means H
+    T: int = 0  # 0 means a query [B, N, H]
+    page: int = 0
+    lengths: tuple[int, ...] = ()
+    cache: str = ""
+    extras: tuple[str, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def make(self, dtype, key: jax.Array) -> dict[str, Any]:
+        """Random arguments of the call, by name."""
+        # NumPy draws them: JAX would compile a generator for every shape.
+        random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        drawn = [0, self.S, *random.integers(1, self.S + 1, max(0, self.B - 2))][-self.B :]
+        lengths = np.asarray(self.lengths or random.permutation(drawn), np.int32)
+        arguments: dict[str, Any] = {
+            "query": _normal(random, (self.B, *([self.T] if self.T else []), self.N, self.H), dtype),
+            "lengths": jnp.asarray(lengths),
+            **dict(self.options),
+        }
+        rows = (self.B, self.S)
+        if self.page:
+            pages = self.S // self.page
+            rows = (self.B * pages + 2, self.page)  # two that nobody has
+            table = random.permutation(rows[0])[: self.B * pages].reshape(self.B, pages)
+            unused = np.arange(pages) >= -(-lengths[:, None] // self.page)
+            arguments["page_table"] = jnp.asarray(np.where(unused, -1, table), jnp.int32)
+        for name, width in (("key", self.H), ("value", self.Hv or self.H)):
+            if self.cache:
+                arguments[name] = jnp.asarray(random.integers(-20, 21, (*rows, self.K, width)), self.cache)
+                arguments[f"{name}_scale"] = jnp.asarray(random.uniform(0.05, 0.1, self.K), jnp.float32)
+            else:
+                arguments[name] = _normal(random, (*rows, self.K, width), dtype)
+        if "sink" in self.extras:
+            arguments["sink"] = _normal(random, (self.N,), jnp.float32)
+        if "phi" in self.extras:
+            arguments["unified_max"] = UnifiedMax(_normal(random, (self.N,), jnp.float32), -20.0, 20.0)
+        return arguments
+
+    @property
+    def large(self) -> bool:
+        """Too large for a test on a CPU: for benchmarks only."""
+        return self.B * self.S * self.K * self.H > 2**22
+
+
+def _normal(random: np.random.Generator, shape: tuple[int, ...], dtype) -> jax.Array:
+    return jnp.asarray(random.standard_normal(shape, np.float32), dtype)
+
+
+def _all(**options: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple(options.items())
+
+
+SHAPES: dict[str, Shape] = {
+    # Small and ugly on purpose: for tests.
+    "dense_203": Shape(4, 203, 8, 2, 64),
+    "one_head_1": Shape(2, 1, 1, 1, 32),
+    "mha_300": Shape(3, 300, 4, 4, 72),
+    "drafted_5": Shape(3, 150, 6, 3, 48, 56, T=5),
+    "paged_16": Shape(3, 128, 4, 2, 64, page=16),
+    "paged_window_sink": Shape(4, 192, 6, 2, 64, T=3, page=32, extras=("sink",), options=_all(window=70, soft_cap=5.0)),
+    "asynchronous_257": Shape(3, 257, 8, 2, 64, extras=("sink", "phi"), options=_all(scale=0.1)),
+    "int8_160": Shape(3, 160, 8, 2, 64, page=16, cache="int8"),
+    "fp8_160": Shape(3, 160, 8, 2, 64, cache="float8_e4m3fn", extras=("phi",), options=_all(scale=0.1)),
+    "splits_190": Shape(3, 190, 4, 1, 64, options=_all(num_splits=3)),
+    # Large: for benchmarks, every sequence full.
+    **{
+        f"batch_{B}_{S // 1024}k{f'_page_{page}' if page else ''}": Shape(B, S, 32, 8, 128, page=page, lengths=(S,) * B)
+        for B, S in ((1, 2048), (1, 32768), (8, 8192), (64, 8192))
+        for page in (0, 16, 64)
+    },
+}
