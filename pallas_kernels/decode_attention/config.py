@@ -23,17 +23,42 @@ class XlaConfig:
             raise ValueError(f"XlaConfig.block_k must be an integer >= 1, got {self.block_k!r}.")
 
 
-Config = XlaConfig
-KINDS = (XlaConfig,)
+@dataclasses.dataclass(frozen=True)
+class MosaicGpuConfig:
+    """Work of one block of the `mosaic_gpu` implementation.
+
+    Attributes:
+      block_k: keys of a chunk.
+      stages: how many chunks of keys, and of values, shared memory holds.
+      num_splits: in how many pieces the keys of a sequence are cut, if the call does not say.
+    """
+
+    block_k: int = 64
+    stages: int = 3
+    num_splits: int = 1
+
+    def __post_init__(self):
+        rules = {"block_k": (64, 128, 256), "stages": (2, 3, 4, 5, 6)}
+        for name, allowed in rules.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"MosaicGpuConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        if not isinstance(self.num_splits, int) or self.num_splits < 1:
+            raise ValueError(f"MosaicGpuConfig.num_splits must be an integer >= 1, got {self.num_splits!r}.")
+
+
+Config = XlaConfig | MosaicGpuConfig
+KINDS = (XlaConfig, MosaicGpuConfig)
 
 
 def kinds(call: Call, device: Device, implementation: str | None) -> tuple[type[Config], ...]:
     """The configurations that an implementation takes for a call; the first is the kind of its own choice."""
-    return (XlaConfig,) if implementation == "xla" else ()
+    return {"xla": (XlaConfig,), "mosaic_gpu": (MosaicGpuConfig,)}.get(implementation or "", ())
 
 
 def heuristic(call: Call, device: Device, implementation: str) -> Config:
     """A good configuration without measuring anything."""
+    if implementation == "mosaic_gpu":
+        return _mosaic_gpu(call, device)
     s = call.sizes
     # Entries of a float32 chunk of logits: on a CPU they should stay in the cache; a GPU wants few steps.
     budget = 2**18 if device.platform == "cpu" else 2**24
@@ -42,6 +67,27 @@ def heuristic(call: Call, device: Device, implementation: str) -> Config:
 
 def search_space(call: Call, device: Device, implementation: str) -> Iterator[Config]:
     """Configurations worth measuring."""
+    if implementation == "mosaic_gpu":
+        best = _mosaic_gpu(call, device)
+        for factor in (1, 2, 4):
+            for block_k in (64, 128):
+                yield MosaicGpuConfig(block_k, 3, max(1, best.num_splits // 2 * factor))
+        return
     for block_k in (64, 256, 1024, 4096, 16384):
         if block_k < 2 * call.option("S"):
             yield XlaConfig(block_k)
+
+
+# Shared memory of a multiprocessor that its blocks share, in bytes.
+_SMEM_BYTES = {"sm80": 160 * 2**10, "sm90": 220 * 2**10}
+
+
+def _mosaic_gpu(call: Call, device: Device) -> MosaicGpuConfig:
+    """As many chunks in flight as two blocks of a multiprocessor have room for, and splits for two rounds of them."""
+    s, S = call.sizes, call.option("S")
+    block_k, bytes_each = 64, 2 * 64 * (s["H"] + s["Hv"])
+    room = _SMEM_BYTES.get(device.arch or "", 96 * 2**10) // 2 - 8 * 2**10  # queries and weights take up to 8 KB
+    stages = max(2, min(6, room // bytes_each))
+    blocks = 4 * (device.num_cores or 132)
+    splits = max(1, min(-(-S // (2 * block_k)), blocks // (s["B"] * s["K"])))
+    return MosaicGpuConfig(block_k, stages, splits)

@@ -93,6 +93,41 @@ def _flash_attention(implementation: str, shape: str, direction: str, dtype: str
     return jax.jit(forward if direction == "forward" else backward), tuple(arguments)
 
 
+def _decode_attention(shape: str, compiling: Compiling):
+    """Sizes of benchmarks; a batch of lengths that only the device knows."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import UnifiedMax, decode_attention
+
+    B, S, page, T, phi = _DECODE[shape]
+    N, K, H = 32, 8, 128
+    rows = (B * S // page, page) if page else (B, S)
+    query, cache = compiling.array((B, T, N, H), jnp.bfloat16), compiling.array((*rows, K, H), jnp.bfloat16)
+    arrays = [query, cache, cache, compiling.array((B,), jnp.int32)]
+    arrays += [compiling.array((B, S // page), jnp.int32)] if page else []
+
+    def decode(query, key, value, lengths, *table):
+        return decode_attention(
+            *(query, key, value, lengths),
+            page_table=table[0] if table else None,
+            unified_max=UnifiedMax(0.0, -20.0, 20.0) if phi else None,
+            implementation="mosaic_gpu",
+        )
+
+    return jax.jit(decode), tuple(arrays)
+
+
+# name -> B, S, page, T, asynchronous softmax
+_DECODE = {
+    "dense_1_2k": (1, 2048, 0, 1, False),
+    "dense_64_8k": (64, 8192, 0, 1, False),
+    "paged_16": (8, 8192, 16, 1, False),
+    "paged_64_drafted_4": (8, 8192, 64, 4, False),
+    "asynchronous": (8, 8192, 0, 1, True),
+}
+
+
 def _flash_attention_tpu_window(compiling: Compiling):
     from pallas_kernels.flash_attention.config import mosaic_tpu_block
 
@@ -236,6 +271,10 @@ CASES: tuple[Case, ...] = (
     *(
         Case(f"flash_attention/sm80/{name}", AMPERE + HOPPER, functools.partial(_flash_attention_sm80, *case), hot=True)
         for name, case in _SM80.items()
+    ),
+    *(
+        Case(f"decode_attention/{name}", AMPERE + HOPPER, functools.partial(_decode_attention, name), hot=True)
+        for name in _DECODE
     ),
     Case("flash_attention/mosaic_tpu/window_of_the_m_mask", TPUS, _flash_attention_tpu_window),
     Case("flash_attention/mosaic_tpu/shard_map", TPUS, _flash_attention_tpu_sharded),

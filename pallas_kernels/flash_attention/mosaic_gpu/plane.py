@@ -7,7 +7,6 @@ a tile is masked; a kernel then asks `Plane.logits` for each tile of products, i
 
 import dataclasses
 import functools
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.core.mma import cost_option
 from pallas_kernels.flash_attention import tiles
 from pallas_kernels.masks import lowered as lowered_lib
 
@@ -262,24 +262,8 @@ def slopes(p: jax.Array, dp: jax.Array, delta: jax.Array, slope: jax.Array | Non
 
 
 def cost_estimate(plane: Plane, products: int) -> dict[str, Any]:
-    """The option of `plgpu.kernel` that says what a plane without a mask costs; jax 0.11 has none."""
-    if "cost_estimate" not in inspect.signature(plgpu.kernel).parameters:
-        return {}
+    """The option of `plgpu.kernel` that says what a plane without a mask costs."""
     pairs = plane.B * plane.N * plane.T * plane.S
     moved = plane.B * (plane.H + plane.Hv) * 2 * (plane.T * plane.N + plane.S * plane.K)
     flops = products * pairs * (plane.H + plane.Hv)
-    return {"cost_estimate": pl.CostEstimate(flops=flops, transcendentals=pairs, bytes_accessed=moved)}
-
-
-def swizzle_bytes(width: int) -> int:
-    """Bytes of a swizzled row: the widest that divides `width` 16-bit elements. ldmatrix then meets no bank twice."""
-    return next(swizzle for swizzle in (128, 64, 32) if 2 * width % swizzle == 0)
-
-
-def tile_memory(*shape: int, dtype, depth: int | None = None) -> Any:
-    """Shared memory for a tile (or several) of a 16-bit dtype, swizzled for ldmatrix and wgmma. `depth` is the size
-    of the axis that a wgmma sums over, if it is not the last: it has to be whole swizzled tiles, too."""
-    swizzle = swizzle_bytes(shape[-1] if depth is None else math.gcd(shape[-1], depth))
-    tiling: Any = plgpu.TilingTransform
-    swizzling: Any = plgpu.SwizzleTransform
-    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, swizzle // 2)), swizzling(swizzle)))
+    return cost_option(flops, pairs, moved)

@@ -30,9 +30,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.core import device as device_lib
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.mma import Ring, copies_of_device, product, tile_memory
 from pallas_kernels.flash_attention import tiles
 from pallas_kernels.flash_attention.config import Sm80Config
 from pallas_kernels.flash_attention.mosaic_gpu.plane import (
@@ -50,8 +50,6 @@ from pallas_kernels.flash_attention.mosaic_gpu.plane import (
     row_stats,
     sink_gradient,
     slopes,
-    swizzle_bytes,
-    tile_memory,
 )
 from pallas_kernels.flash_attention.xla import Gradients
 from pallas_kernels.masks import Mask
@@ -99,107 +97,11 @@ def _to_left(x: jax.Array, dtype) -> list[jax.Array]:
     return inline(relabel)(x)
 
 
-def _product(acc: jax.Array, left: Ref, right: Ref, *, transpose: bool = True) -> jax.Array:
-    """acc + left @ right^T (or right), both in shared memory, left [m, k].
-
-    By slices of 64 of the depth, the width of a swizzled tile: loaded at once, operands would fill the registers.
-    """
-    depth = left.shape[1]
-    for start in range(0, depth, 64):
-        d = pl.ds(start, min(64, depth - start))
-        operand = right.at[:, d].transpose((1, 0)) if transpose else right.at[d]
-        a = plgpu.load(left.at[:, d], layout=plgpu.Layout.MMA_LHS(left.dtype))
-        acc = plgpu.mma(acc, a, plgpu.load(operand, layout=plgpu.Layout.MMA_RHS(left.dtype)))
-    return acc
-
-
 def _product_of_registers(acc: jax.Array, left: Sequence[jax.Array], right: Ref) -> jax.Array:
     """acc + left @ right, left [m, k] from `_to_left`, right [k, n] in shared memory."""
     for n, piece in enumerate(left):
         acc = plgpu.mma(acc, piece, plgpu.load(right.at[pl.ds(16 * n, 16)], layout=plgpu.Layout.MMA_RHS(right.dtype)))
     return acc
-
-
-# ---- Copies ----
-
-
-class _Tma:
-    """Copies of Hopper: one thread asks, the copy engine arrives at a barrier, and fills what is out of bounds by 0."""
-
-    fill = True
-
-    def barrier(self, copies: int, slots: int = 1) -> Any:
-        return plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
-
-    def start(self, source: Ref, target: Ref, barrier: Ref) -> None:
-        plgpu.copy_gmem_to_smem(source, target, barrier)
-
-    def wait(self, barrier: Ref, in_flight: int, full: Any) -> None:
-        del in_flight, full
-        plgpu.barrier_wait(barrier)
-
-    def store(self, x: jax.Array, smem: Ref, gmem: Ref) -> None:
-        smem[...] = x.astype(smem.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem, gmem)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-class _CpAsync:
-    """Copies of Ampere: each thread asks for its 16 bytes, and waits until all but the last few groups are there."""
-
-    fill = False  # cp.async could; Mosaic has no way to ask for it
-
-    def barrier(self, copies: int, slots: int = 1) -> None:
-        return None
-
-    def start(self, source: Ref, target: Ref, barrier: None) -> None:
-        plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
-
-    def wait(self, barrier: None, in_flight: int, full: Any) -> None:
-        # Towards the end fewer copies follow than `in_flight`: there is no counting on them.
-        pl.when(full)(lambda: plgpu.wait_gmem_to_smem(in_flight))
-        pl.when(jnp.logical_not(full))(lambda: plgpu.wait_gmem_to_smem(0))
-
-    def store(self, x: jax.Array, smem: Ref, gmem: Ref) -> None:
-        # The accumulator's layout does not write whole sectors; 16 adjacent bytes a thread do.
-        smem[...] = x.astype(smem.dtype)
-        layout = plgpu.Layout.SMEM_GMEM_COPY(smem.shape, smem.dtype, swizzle=swizzle_bytes(smem.shape[-1]))
-        x = plgpu.load(smem, layout=layout)
-        store: Any = getattr(plgpu, "store", None)
-        if store is None:
-            gmem[...] = x
-        else:  # JAX 0.12 would refuse rows of less than 128 bytes
-            store(gmem, x, optimized=False)
-
-
-def _copies() -> _Tma | _CpAsync:
-    return _Tma() if device_lib.current().arch == "sm90" else _CpAsync()
-
-
-class _Ring(NamedTuple):
-    """Slots of shared memory that successive tiles take in turn."""
-
-    copies: _Tma | _CpAsync
-    stages: int
-    parts: Sequence[tuple[Callable[[Any], Ref], Ref]]  # where a step's part comes from, and its slots
-    barriers: Ref | None
-
-    def start(self, step: Any, live: Any) -> None:
-        """Asks for the tiles of a step, if there is one. The slot's readers are done: Mosaic puts a barrier here."""
-
-        @pl.when(step < live)
-        def _():
-            for source, slots in self.parts:
-                self.copies.start(source(step), slots.at[step % self.stages], self._barrier(step))
-
-    def wait(self, step: Any, in_flight: int, full: Any) -> list[Ref]:
-        """The tiles of a step, once they are there. `in_flight` copies were started since, where `full` holds."""
-        self.copies.wait(self._barrier(step), in_flight, full)
-        return [slots.at[step % self.stages] for _, slots in self.parts]
-
-    def _barrier(self, step: Any) -> Ref | None:
-        return None if self.barriers is None else self.barriers.at[step % self.stages]
 
 
 # ---- What the three kernels share ----
@@ -288,7 +190,7 @@ def _launch(
 def _forward(plane: Plane, schedule: tiles.Schedule, ops: Operands, config: Sm80Config) -> tuple[jax.Array, jax.Array]:
     """Output [B, T', N * Hv] and LSE [B, N, tiles * block_q]."""
     bq, bk, stages = config.block_q, config.block_k, config.stages
-    H, Hv, dtype, copies = plane.H, plane.Hv, plane.dtype, _copies()
+    H, Hv, dtype, copies = plane.H, plane.Hv, plane.dtype, copies_of_device()
     rows = math.ceil(plane.T / bq)
     grid = _Grid.of(plane.B * plane.N, rows, 2 * plane.S * (H + Hv) * plane.K // plane.N)
     # The slots of k and v are refilled when the products that read them are done, S = Q K^T half a step before P V:
@@ -305,14 +207,14 @@ def _forward(plane: Plane, schedule: tiles.Schedule, ops: Operands, config: Sm80
         def tile_of(array, width):
             return lambda step: array.at[b, pl.ds(visits.column(step) * bk, bk), pl.ds(group * width, width)]
 
-        keys = _Ring(copies, stages, [(tile_of(ops.key, H), k)], k_arrived)
-        values = _Ring(copies, stages, [(tile_of(ops.value, Hv), v)], v_arrived)
+        keys = Ring(copies, stages, [(tile_of(ops.key, H), k)], k_arrived)
+        values = Ring(copies, stages, [(tile_of(ops.value, Hv), v)], v_arrived)
 
         def tile(masked: bool, step, carry):
             m, l, acc = carry
             values.start(step + stages - 1, live)
             (k_tile,) = keys.wait(step, ahead, step + stages - 1 < live)
-            x = _product(plane.zeros(bq, bk), q, k_tile)
+            x = product(plane.zeros(bq, bk), q, k_tile)
             keys.start(step + stages, live)
             x, _ = plane.logits(x, ops, At(b, n, i * bq, visits.column(step) * bk), masked)
             # Online softmax: m and l are the running maximum and sum of each row.
@@ -375,7 +277,7 @@ def _forward(plane: Plane, schedule: tiles.Schedule, ops: Operands, config: Sm80
 def _backward_keys(plane: Plane, schedule: tiles.Schedule, ops: Operands, config: Sm80Config) -> Any:
     """dK [B, S', K * H] and dV [B, S', K * Hv]; the tiles of `plane` have keys as rows."""
     bq, bk, stages = config.dkv_block_q, config.dkv_block_k, config.dkv_stages
-    H, Hv, dtype, copies, G = plane.H, plane.Hv, plane.dtype, _copies(), plane.N // plane.K
+    H, Hv, dtype, copies, G = plane.H, plane.Hv, plane.dtype, copies_of_device(), plane.N // plane.K
     rows = math.ceil(plane.S / bk)
     grid = _Grid.of(plane.B * plane.K, rows, 2 * plane.T * (H + Hv) * G)
 
@@ -396,18 +298,18 @@ def _backward_keys(plane: Plane, schedule: tiles.Schedule, ops: Operands, config
                 (tile_of(ops.dout, Hv), dout),
                 (lambda step: ops.stats.at[b, n, visits.column(step)], stats),
             ]
-            ring = _Ring(copies, stages, parts, arrived)
+            ring = Ring(copies, stages, parts, arrived)
 
             def tile(masked: bool, step, carry):
                 dk, dv = carry
                 ring.start(step + stages - 1, visits.live)
                 q_tile, dout_tile, stats_tile = ring.wait(step, 3 * (stages - 1), step + stages - 1 < visits.live)
-                x = _product(plane.zeros(bk, bq), k, q_tile)
+                x = product(plane.zeros(bk, bq), k, q_tile)
                 x, slope = plane.logits(x, ops, At(b, n, j * bk, visits.column(step) * bq), masked)
                 lse, delta = (stats_tile.at[pl.ds(half * bq, bq)] for half in (0, 1))
                 lse, delta = (plgpu.load(x, layout=plane.acc.reduce(0)) for x in (lse, delta))
                 p = jnp.exp2(x * plane.unit - along_columns(lse, (bk, bq)))
-                dp = _product(plane.zeros(bk, bq), v, dout_tile)
+                dp = product(plane.zeros(bk, bq), v, dout_tile)
                 dv = _product_of_registers(dv, _to_left(p, dtype), dout_tile)
                 ds = slopes(p, dp, along_columns(delta, (bk, bq)), slope)
                 return _product_of_registers(dk, _to_left(ds, dtype), q_tile), dv
@@ -447,7 +349,7 @@ def _backward_keys(plane: Plane, schedule: tiles.Schedule, ops: Operands, config
 def _backward_queries(plane: Plane, schedule: tiles.Schedule, ops: Operands, config: Sm80Config) -> Any:
     """dQ [B, T', N * H]."""
     bq, bk, stages = config.dq_block_q, config.dq_block_k, config.dq_stages
-    H, Hv, dtype, copies = plane.H, plane.Hv, plane.dtype, _copies()
+    H, Hv, dtype, copies = plane.H, plane.Hv, plane.dtype, copies_of_device()
     rows = math.ceil(plane.T / bq)
     grid = _Grid.of(plane.B * plane.N, rows, 2 * plane.S * (H + Hv) * plane.K // plane.N)
 
@@ -460,7 +362,7 @@ def _backward_queries(plane: Plane, schedule: tiles.Schedule, ops: Operands, con
         def tile_of(array, width):
             return lambda step: array.at[b, pl.ds(visits.column(step) * bk, bk), pl.ds(group * width, width)]
 
-        ring = _Ring(copies, stages, [(tile_of(ops.key, H), k), (tile_of(ops.value, Hv), v)], arrived)
+        ring = Ring(copies, stages, [(tile_of(ops.key, H), k), (tile_of(ops.value, Hv), v)], arrived)
         own_rows = pl.ds(i * bq, bq)
         lse, delta = (
             plgpu.load(ops.stats.at[b, n, i, pl.ds(half * bq, bq)], layout=plane.acc.reduce(1), optimized=False)
@@ -470,10 +372,10 @@ def _backward_queries(plane: Plane, schedule: tiles.Schedule, ops: Operands, con
         def tile(masked: bool, step, dq):
             ring.start(step + stages - 1, visits.live)
             k_tile, v_tile = ring.wait(step, 2 * (stages - 1), step + stages - 1 < visits.live)
-            x = _product(plane.zeros(bq, bk), q, k_tile)
+            x = product(plane.zeros(bq, bk), q, k_tile)
             x, slope = plane.logits(x, ops, At(b, n, i * bq, visits.column(step) * bk), masked)
             p = jnp.exp2(x * plane.unit - along_rows(lse, (bq, bk)))
-            dp = _product(plane.zeros(bq, bk), dout, v_tile)
+            dp = product(plane.zeros(bq, bk), dout, v_tile)
             ds = slopes(p, dp, along_rows(delta, (bq, bk)), slope)
             return _product_of_registers(dq, _to_left(ds, dtype), k_tile)
 
@@ -513,7 +415,7 @@ def bias_gradient(
     bq, bk = (64, 64) if max(query.shape[3], value.shape[3]) <= 128 else (64, 32)
     inputs = query, key, value, bias, None, mask, scale, soft_cap, bq, bk
     plane, _, ops = _prepare(*inputs, dout=dout, rows=(lse, delta))
-    T, S, H, Hv, dtype, copies = plane.T, plane.S, plane.H, plane.Hv, plane.dtype, _copies()
+    T, S, H, Hv, dtype, copies = plane.T, plane.S, plane.H, plane.Hv, plane.dtype, copies_of_device()
     classes = jnp.asarray(tiles.classify(mask, T, S, bq, bk)).astype(jnp.int32)
     ops = ops._replace(where=classes)
     # How many tiles each axis has in the bias, and how many of the plane share one of those.
@@ -539,10 +441,10 @@ def bias_gradient(
                     for half in (0, 1)
                 )
                 copies.wait(arrived, 0, True)
-                x = _product(plane.zeros(bq, bk), q, k)
+                x = product(plane.zeros(bq, bk), q, k)
                 x, _ = plane.logits(x, ops, At(b, n, i * bq, j * bk), masked=True)
                 p = jnp.exp2(x * plane.unit - along_rows(lse, (bq, bk)))
-                dp = _product(plane.zeros(bq, bk), dout, v)
+                dp = product(plane.zeros(bq, bk), dout, v)
                 return acc + slopes(p, dp, along_rows(delta, (bq, bk)), None)
 
             if mask is None:
@@ -590,7 +492,7 @@ def _prepare(*arguments, transposed: bool = False, hide_tail: bool = True, dout=
     plane, schedule, ops = prepare(
         *arguments,
         acc=plgpu.Layout.MMA_ACC(arguments[0].dtype),
-        copies_fill=_copies().fill,
+        copies_fill=copies_of_device().fill,
         transposed=transposed,
         hide_tail=hide_tail,
         dout=dout,

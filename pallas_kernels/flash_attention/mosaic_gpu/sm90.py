@@ -29,6 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.mma import tile_memory
 from pallas_kernels.flash_attention.config import Sm90Config
 from pallas_kernels.flash_attention.mosaic_gpu import ptx, sm80
 from pallas_kernels.flash_attention.mosaic_gpu import work as work_lib
@@ -38,7 +39,6 @@ from pallas_kernels.flash_attention.mosaic_gpu.plane import (
     along_rows,
     cost_estimate,
     prepare,
-    tile_memory,
     zero_of_step,
 )
 from pallas_kernels.masks import Mask

@@ -31,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.core.mma import tile_memory
 from pallas_kernels.flash_attention.config import Sm90Config
 from pallas_kernels.flash_attention.mosaic_gpu import ptx, sm80
 from pallas_kernels.flash_attention.mosaic_gpu import work as work_lib
@@ -44,7 +45,6 @@ from pallas_kernels.flash_attention.mosaic_gpu.plane import (
     row_stats,
     sink_gradient,
     slopes,
-    tile_memory,
     zero_of_step,
 )
 from pallas_kernels.flash_attention.mosaic_gpu.sm90 import L2_BYTES, ROWS, TILE, Accumulator, R

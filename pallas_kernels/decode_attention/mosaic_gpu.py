@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""decode_attention for NVIDIA GPUs from Ampere on: the cache is read once, by as many blocks as there is room for.
+
+Keys of a sequence are cut in splits, and a block of one warpgroup takes one split of one key/value head. What it
+computes is turned around, so that keys and values are the wide operands of the tensor cores (64 rows of them) and the
+few queries, R = T * G rows padded to a multiple of 16, are the narrow ones:
+
+    copies    K0 V0   K1 V1   K2 V2 ...                         run ahead through a ring of `stages` slots
+    each      S^T [C, R]  = K [C, H] Q^T                        C keys of a chunk; a warp reads its own 16 rows of K
+    chunk     P^T         = exp2(S^T - m)                       m: the maximum of the split so far, or phi
+              O^T [Hv, R] = O^T exp2(m_before - m) + V^T P      P goes through shared memory, 1 KB
+
+With an asynchronous softmax nothing depends on a maximum: warps do not wait for each other's, and O^T is not rescaled.
+Splits leave O^T, m and the sum of exponentials; `_merge` adds them up in order.
+
+Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Hong et al., "FlashDecoding++", 2023, section 3.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core.device import Device
+from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.mma import copies_of_device, cost_option, product, swizzle_bytes, tile_memory
+from pallas_kernels.decode_attention.cache import Cache
+from pallas_kernels.decode_attention.config import MosaicGpuConfig
+from pallas_kernels.decode_attention.softmax import UnifiedMax
+
+LOG2E = math.log2(math.e)
+_ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
+Ref = Any
+
+
+def supports(call: Call, device: Device) -> Refusal | None:
+    if device.platform != "gpu" or device.arch not in _ARCHS:
+        return Refusal(f"it is for NVIDIA GPUs of Ampere, Ada and Hopper, and this is {device}")
+    s, dtype = call.sizes, call.arguments[0].dtype
+    if dtype not in ("bfloat16", "float16"):
+        return Refusal(f"its tensor-core products take bfloat16 and float16, not {dtype}; cast the inputs")
+    if call.arguments[1].dtype != dtype:
+        return Refusal(f"it reads caches of the query's dtype, not of {call.arguments[1].dtype}")
+    if dtype == "float16" and call.option("unified_max") is not None:
+        return Refusal("an asynchronous softmax has weights beyond the range of float16; use bfloat16")
+    rows = s["T"] * s["N"] // s["K"]
+    if rows > 64:
+        return Refusal(f"T * N / K = {rows} rows share a key, and it has room for 64; flash_attention takes more")
+    if s["H"] % 16 or s["Hv"] % 64 or max(s["H"], s["Hv"]) > 256:
+        return Refusal(f"head dims H={s['H']}, Hv={s['Hv']}; it takes multiples of 16 and of 64, up to 256")
+    if (page := s.get("page")) and (page % 8 or (page < 64 and 64 % page) or (page > 64 and page % 64)):
+        return Refusal(f"pages of {page} keys; it takes 8, 16, 32 and multiples of 64")
+    multiple = 8 if device.arch == "sm90" or page else 64  # what copies of a ragged tail leave alone
+    if call.option("S") % multiple:
+        return Refusal(f"a cache of S={call.option('S')} keys; it takes multiples of {multiple} on {device.arch}")
+    return None
+
+
+def forward(
+    query: jax.Array,
+    cache: Cache,
+    sink: jax.Array | None,
+    unified_max: UnifiedMax | None,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    window: int | None,
+    num_splits: int | None,
+    config: MosaicGpuConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `xla.forward`."""
+    B, T, N, H = query.shape
+    K, Hv = cache.value.shape[2:]
+    G, C = N // K, config.block_k
+    splits = num_splits or config.num_splits
+    R = _padded_rows(T * G, H)
+    # Row t * G + g of a key head is query t of its head g.
+    rows = jnp.swapaxes(query.reshape(B, T, K, G, H), 1, 2).reshape(B, K, T * G, H)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
+    per_row: Any = functools.partial(_per_row, T=T, K=K, R=R)
+    run = functools.partial(
+        _splits,
+        rows,
+        cache,
+        T=T,
+        G=G,
+        unit=LOG2E * scale,
+        soft_cap=soft_cap,
+        window=window,
+        splits=splits,
+        chunks=-(-cache.S // (C * splits)),
+        config=config,
+    )
+    lengths = jnp.broadcast_to(cache.lengths.astype(jnp.int32)[:, None], (B, K))
+    if unified_max is None:
+        parts, bad = list(run(lengths, None, None)), jnp.zeros((B, K, R), bool)
+    else:
+        phi = per_row(unified_max.per_head(N)) * LOG2E
+        *parts, out_of_bounds = run(lengths, phi, (unified_max.low * LOG2E, unified_max.high * LOG2E))
+        bad = jnp.any(out_of_bounds > 0, axis=2)
+        # Key heads without such a row have no keys the second time, and end at once.
+        again = run(jnp.where(bad.any(-1), lengths, 0), None, None)
+        which = bad[:, :, None]
+        parts = [
+            jnp.where(which[:, :, :, None] if new.ndim == 5 else which, new, old)
+            for old, new in zip(parts, again, strict=True)
+        ]
+    acc, m, l = parts
+    out, lse = _merge(acc, m, l, None if sink is None else per_row(sink) * LOG2E)
+    out = out[..., : T * G].reshape(B, K, Hv, T, G)
+    out = jnp.transpose(out, (0, 3, 1, 4, 2)).reshape(B, T, N, Hv).astype(query.dtype)
+    lse = jnp.swapaxes(lse[..., : T * G].reshape(B, K, T, G), 2, 3).reshape(B, N, T)
+    return out, lse, jnp.sum(bad[..., : T * G], axis=(1, 2), dtype=jnp.int32)
+
+
+def _padded_rows(rows: int, H: int) -> int:
+    """Multiples of 16 make whole swizzled tiles of weights; cp.async gives each of 4 warps the same number of tiles of
+    8 queries."""
+    tiles = 2 * H // swizzle_bytes(H)
+    multiple = 16 if copies_of_device().fill else max(16, 32 // math.gcd(4, tiles))
+    return rows + -rows % multiple
+
+
+def _per_row(per_head: jax.Array, T: int, K: int, R: int) -> jax.Array:
+    """Numbers of heads [N] as rows of key heads [K, R]."""
+    rows = jnp.tile(per_head.astype(jnp.float32).reshape(K, 1, -1), (1, T, 1)).reshape(K, -1)
+    return jnp.pad(rows, ((0, 0), (0, R - rows.shape[1])))
+
+
+def _merge(acc: jax.Array, m: jax.Array, l: jax.Array, sink: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Output [B, K, Hv, R] and LSE [B, K, R] of splits: O^T [B, K, splits, Hv, R], and in base 2 the maximum and the
+    sum of exponentials [B, K, splits, R]."""
+    most = jnp.max(m, axis=2)
+    most = most if sink is None else jnp.maximum(most, sink)
+    shift = jnp.where(jnp.isneginf(most), 0, most)
+    weights = jnp.exp2(m - shift[:, :, None])
+    total = jnp.sum(l * weights, axis=2) + (0 if sink is None else jnp.exp2(sink - shift))
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    out = jnp.sum(acc * weights[:, :, :, None], axis=2) / total[:, :, None]
+    return out, jnp.where(empty, -jnp.inf, (shift + jnp.log2(total)) / LOG2E)
+
+
+def _splits(
+    rows: jax.Array,
+    cache: Cache,
+    lengths: jax.Array,
+    phi: jax.Array | None,
+    bounds: tuple[float, float] | None,
+    *,
+    T: int,
+    G: int,
+    unit: float,
+    soft_cap: float | None,
+    window: int | None,
+    splits: int,
+    chunks: int,
+    config: MosaicGpuConfig,
+) -> tuple[jax.Array, ...]:
+    """What each split of `chunks` chunks adds up: O^T, m and l as `_merge` wants them, and rows out of bounds.
+
+    Args:
+      rows: queries [B, K, R, H].
+      lengths: int32 [B, K].
+      phi: of an asynchronous softmax, in base 2, [K, R]; `bounds` likewise. None asks for the online one.
+    """
+    B, K, R, H = rows.shape
+    Hv, C, stages, dtype, copies = cache.value.shape[3], config.block_k, config.stages, rows.dtype, copies_of_device()
+    paged = cache.page_table is not None
+    page = cache.key.shape[1] if paged else C
+    pieces = max(1, C // page)  # copies of a chunk
+    acc_layout = plgpu.Layout.MMA_ACC(dtype)
+    arrays = [x.reshape(*x.shape[:2], -1) for x in (cache.key, cache.value)]
+    operands = [rows, lengths, *arrays]
+    operands += [] if cache.page_table is None else [cache.page_table.astype(jnp.int32)]
+    operands += [] if phi is None else [phi]
+
+    def zeros(*shape: int) -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), acc_layout)
+
+    def along_rows_of_keys(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        """One number a query, [R], for each of a tile's rows."""
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (1,)), acc_layout)
+
+    def kernel(*refs, q, k, v, p, arrived=None, q_arrived=None):
+        rows_gmem, lengths_gmem, key_gmem, value_gmem, *more = refs[: len(operands)]
+        acc_gmem, m_gmem, l_gmem, *bad_gmem = refs[len(operands) :]
+        table = more.pop(0) if paged else None
+        block = lax.axis_index("block")
+        b, head, split = block // (K * splits), block // splits % K, block % splits
+        length = lengths_gmem[b, head]
+        # Chunks that some query of this split sees.
+        oldest = 0 if window is None else jnp.maximum(length - T + 1 - window, 0) // C
+        first = jnp.maximum(split * chunks, oldest)
+        end = jnp.minimum((split + 1) * chunks, lax.div(length + C - 1, C))
+        live = jnp.maximum(end - first, 0)
+
+        def start(step: Any) -> None:
+            """Asks for the keys and values of a step, if there is one."""
+
+            @pl.when(step < live)
+            def _():
+                slot = lax.rem(step, stages)
+                for gmem, smem, width in ((key_gmem, k, H), (value_gmem, v, Hv)):
+                    for piece in range(pieces):
+                        key = (first + step) * C + piece * page
+                        row, at = b, key
+                        if table is not None:
+                            number = jnp.minimum(key // page, table.shape[1] - 1)
+                            row = jnp.clip(table[b, number], 0, gmem.shape[0] - 1)
+                            at = lax.rem(key, page)
+                        source = gmem.at[row, pl.ds(at, min(page, C)), pl.ds(head * width, width)]
+                        target = smem.at[slot, pl.ds(piece * page, min(page, C))]
+                        copies.start(source, target, None if arrived is None else arrived.at[slot])
+
+        copies.start(rows_gmem.at[b, head], q, q_arrived)
+        for step in range(stages - 1):
+            start(step)
+        copies.wait(q_arrived, 0, live < 0)
+        constant = plgpu.load(more[0].at[head], layout=acc_layout.reduce(0), optimized=False) if more else None
+
+        def chunk(step: Any, carry: tuple) -> tuple:
+            acc, m, l, bad = carry
+            start(step + stages - 1)
+            slot = lax.rem(step, stages)
+            ahead = 2 * pieces * (stages - 1)
+            copies.wait(None if arrived is None else arrived.at[slot], ahead, step + stages - 1 < live)
+            x = product(zeros(C, R), k.at[slot], q)
+            if soft_cap is None:
+                x = x * unit
+            else:
+                # tanh(y) = 1 - 2 / (1 + exp(2 y)); the hardware's own tanh has 11 bits only.
+                x = soft_cap * LOG2E * (1 - 2 / (1 + jnp.exp2(x * (2 * unit / soft_cap))))
+            number = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=acc_layout.reduce(1)) + (first + step) * C
+            query = plgpu.broadcasted_iota(jnp.int32, (R,), 0, layout=acc_layout.reduce(0)) // G
+            number = plgpu.layout_cast(lax.broadcast_in_dim(number, (C, R), (0,)), acc_layout)
+            position = along_rows_of_keys(query + (length - T), (C, R))
+            seen = (number <= position) & (number < length)
+            seen = seen if window is None else seen & (number > position - window)
+            if bounds is None:
+                x = jnp.where(seen, x, -jnp.inf)
+                m_new = jnp.maximum(m, jnp.max(x, axis=0))
+                shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)  # a query that has seen no key yet
+                alpha = jnp.exp2(m - shift)
+                weights = jnp.exp2(x - along_rows_of_keys(shift, (C, R)))
+                l, acc = l * along_rows_of_keys(alpha, (C, R)), acc * along_rows_of_keys(alpha, (Hv, R))
+                m = m_new
+            else:
+                x = x - along_rows_of_keys(m, (C, R))
+                outside = seen & ((x <= bounds[0]) | (x >= bounds[1]))
+                bad = jnp.where(outside, 1.0, bad)
+                weights = jnp.where(seen, jnp.exp2(x), 0.0)
+            p[...] = weights.astype(dtype)
+            # V^T P: what lies behind the last key may be anything, and 0 times it must be 0.
+            values = plgpu.load(v.at[slot].transpose((1, 0)), layout=plgpu.Layout.MMA_LHS(dtype))
+            column = plgpu.broadcasted_iota(jnp.int32, (Hv, C), 1, layout=plgpu.Layout.MMA_LHS(dtype))
+            values = lax.cond(
+                (first + step + 1) * C > length,
+                lambda: jnp.where(column + (first + step) * C < length, values, jnp.zeros_like(values)),
+                lambda: values,
+            )
+            acc = plgpu.mma(acc, values, plgpu.load(p, layout=plgpu.Layout.MMA_RHS(dtype)))
+            return acc, m, l + weights, bad
+
+        nothing = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), acc_layout.reduce(0))
+        carry = zeros(Hv, R), nothing if constant is None else constant, zeros(C, R), zeros(C, R)
+        acc, m, l, bad = lax.fori_loop(0, live, chunk, carry)
+        acc_gmem[b, head, split] = acc
+        m_gmem[b, head, split] = m
+        l_gmem[b, head, split] = jnp.sum(l, axis=0)
+        if bad_gmem:
+            bad_gmem[0][b, head, split] = jnp.max(bad, axis=0)
+
+    kernel.__name__ = "decode_attention"
+    sums = jax.ShapeDtypeStruct((B, K, splits, R), jnp.float32)
+    scratch = {
+        "q": tile_memory(R, H, dtype=dtype),
+        "k": tile_memory(stages, C, H, dtype=dtype),
+        "v": tile_memory(stages, C, Hv, dtype=dtype),
+        "p": tile_memory(C, R, dtype=dtype),
+        "arrived": copies.barrier(2 * pieces, stages),
+        "q_arrived": copies.barrier(1),
+    }
+    return plgpu.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct((B, K, splits, Hv, R), jnp.float32), *[sums] * (2 if phi is None else 3)),
+        grid=(B * K * splits,),
+        grid_names=("block",),
+        scratch_types={name: memory for name, memory in scratch.items() if memory is not None},
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Every sequence full.
+        **cost_option(
+            flops=2 * B * K * R * cache.S * (H + Hv),
+            transcendentals=B * K * R * cache.S,
+            bytes_accessed=B * K * cache.S * (H + Hv) * 2,
+        ),
+    )(*operands)
