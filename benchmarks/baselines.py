@@ -186,6 +186,30 @@ def _only_cudnn(arguments: Arguments) -> None:
     _only_one_head_dim(arguments, 256)
 
 
+def cudnn_decode(arguments: Arguments, direction: str) -> list[Candidate]:
+    """jax.nn.dot_product_attention by cuDNN with the lengths of dense caches."""
+    _only(arguments, "lengths", "scale")
+    if device.current().platform != "gpu":
+        raise Unavailable("cuDNN needs an NVIDIA GPU")
+    _only_half(arguments)
+    _only_one_head_dim(arguments, 256)
+    if arguments["query"].ndim != 3:
+        raise Unavailable("masks drafted tokens as if they came first")
+
+    def attend(arguments: Arguments) -> jax.Array:
+        query, key, value, lengths = (arguments[name] for name in ("query", "key", "value", "lengths"))
+        one = jnp.ones_like(lengths)
+        return jax.nn.dot_product_attention(
+            *(query[:, None], key, value),
+            scale=arguments.get("scale"),
+            query_seq_lengths=one,
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+        )[:, 0]
+
+    return [(attend, arguments)]
+
+
 def jax_mosaic_gpu(arguments: Arguments, direction: str) -> list[Candidate]:
     """JAX's own FlashAttention-3 for Hopper: jax.experimental.pallas.ops.gpu.attention_mgpu."""
     _only(arguments, "mask")
@@ -366,5 +390,6 @@ BASELINES: Mapping[str, Mapping[str, Baseline]] = {
         "torch_flash": torch_flash,
         "jax_mosaic_gpu": jax_mosaic_gpu,
         "jax_xla": jax_xla,
-    }
+    },
+    "decode_attention": {"cudnn": cudnn_decode},
 }

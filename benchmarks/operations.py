@@ -13,6 +13,8 @@ import pallas_kernels
 from pallas_kernels import masks
 from pallas_kernels.core import device as device_lib
 from pallas_kernels.core.arrays import arrays_of, with_arrays
+from pallas_kernels.decode_attention import reference as decode_attention_reference
+from pallas_kernels.decode_attention import shapes as decode_attention_shapes
 from pallas_kernels.flash_attention import api as flash_attention_api
 from pallas_kernels.flash_attention import config as flash_attention_config
 from pallas_kernels.flash_attention import reference as flash_attention_reference
@@ -49,12 +51,12 @@ class Operation:
     Attributes:
       function: takes the arguments of a shape by name, and `implementation=`.
       shapes: name -> shape with make(dtype, key), flops(direction, mask), mask_name and large.
-      differentiable: the arguments that "forward_backward" takes gradients of.
+      differentiable: the arguments that "forward_backward" takes gradients of; () if it has none.
       specification: (arguments) -> what it must be.
       naive: (arguments) -> what the naive way makes of it in the arguments' precision.
       samples: (arguments) -> the parts of a large call that are held to the specification.
       config: (arguments, implementation, architecture) -> the configuration that makes an implementation's kernels for
-        that architecture run here.
+        that architecture run here; None if all have one set of kernels.
       memory_bound: whether to rotate the arguments so that none is found in the cache.
     """
 
@@ -64,7 +66,7 @@ class Operation:
     specification: Callable[[Arguments], jax.Array]
     naive: Callable[[Arguments], jax.Array]
     samples: Callable[[Arguments], list[Sample]]
-    config: Callable[[Arguments, str, str], Any]
+    config: Callable[[Arguments, str, str], Any] | None = None
     memory_bound: bool = False
 
 
@@ -110,6 +112,24 @@ def attention_samples(arguments: Arguments, rows: int = 32) -> list[Sample]:
     ]
 
 
+def decode_samples(arguments: Arguments) -> list[Sample]:
+    """The first and the last sequence, a group of heads of each."""
+    query, paged = arguments["query"], arguments.get("page_table") is not None
+    B, N, K = len(query), query.shape[-2], arguments["key"].shape[2]
+    samples = []
+    for b, k in {(0, K - 1), (B - 1, 0)}:
+        batch, head, heads = slice(b, b + 1), slice(k, k + 1), slice(k * (N // K), (k + 1) * (N // K))
+        one = {**arguments, "query": query[batch, ..., heads, :], "lengths": arguments["lengths"][batch]}
+        for name in ("key", "value"):
+            one[name] = arguments[name][slice(None) if paged else batch, :, head]
+        if paged:
+            one["page_table"] = arguments["page_table"][batch]
+        cuts = {"sink": heads, "key_scale": head, "value_scale": head}
+        one |= {name: arguments[name][cut] for name, cut in cuts.items() if name in arguments}
+        samples.append(Sample(f"sequence {b}, key head {k}", one, np.s_[batch, ..., heads, :], ()))
+    return samples
+
+
 def attention_config(arguments: Arguments, implementation: str, arch: str) -> flash_attention_config.Config:
     """See `Operation.config`; ValueError if the implementation has no kernels for that architecture."""
     call = flash_attention_api.describe(**{**arguments, "mask": masks.as_mask(arguments.get("mask"))})
@@ -130,6 +150,15 @@ OPERATIONS: dict[str, Operation] = {
         naive=lambda arguments: flash_attention_reference.naively(arguments)[0],
         samples=attention_samples,
         config=attention_config,
+    ),
+    "decode_attention": Operation(
+        function=pallas_kernels.decode_attention,
+        shapes=decode_attention_shapes.SHAPES,
+        differentiable=(),
+        specification=lambda arguments: decode_attention_reference.specified(arguments)[0],
+        naive=lambda arguments: decode_attention_reference.naively(arguments)[0],
+        samples=decode_samples,
+        memory_bound=True,
     ),
 }
 

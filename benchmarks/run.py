@@ -162,7 +162,11 @@ def _candidates(call: Measured, name: str, direction: str) -> list[Candidate]:
     if name in BASELINES.get(call.op, {}):
         return BASELINES[call.op][name](call.arguments, direction)
     implementation, _, arch = name.partition("@")
-    options = {"config": call.operation.config(call.arguments, implementation, arch)} if arch else {}
+    options = {}
+    if arch:
+        if call.operation.config is None:
+            raise Unavailable(f"{call.op} has no kernels for {arch} alone")
+        options = {"config": call.operation.config(call.arguments, implementation, arch)}
     return [(functools.partial(_by_name, call.operation, implementation=implementation, **options), call.arguments)]
 
 
@@ -247,7 +251,7 @@ class Truth:
         self.samples = [everything] if exact else operation.samples(arguments)
         self.expected: list[list[jax.Array]] = []
         self.naive: list[list[jax.Array]] = []
-        dtype = arguments[operation.differentiable[0]].dtype
+        dtype = arguments["query"].dtype
         double = exact or dtype == jnp.float32
         whole = cotangent_like(output_shape(functools.partial(_by_name, operation, implementation="xla"), arguments))
         for sample in self.samples:
@@ -338,7 +342,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--implementations", type=_names, help='"auto", ours and baselines; default: "auto" and baselines'
     )
     parser.add_argument("--dtype", type=_names, help="default: bfloat16, on a CPU float32")
-    parser.add_argument("--direction", type=_names, default=list(DIRECTIONS), help="default: both")
+    parser.add_argument("--direction", type=_names, help="default: both, if it has a gradient")
     parser.add_argument("--timing", choices=timing.METHODS, help="default: cupti on a GPU, else wall")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of repetitions a row (default 1)")
     parser.add_argument("--out", type=Path, help="CSV file; default: benchmarks/results/<device>.csv")
@@ -346,6 +350,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     operation, on_cpu = OPERATIONS[options.op], device_lib.current().platform == "cpu"
     options.shapes = _match(options.shapes, operation.shapes) if options.shapes else _default_shapes(operation, on_cpu)
+    options.direction = options.direction or list(DIRECTIONS if operation.differentiable else DIRECTIONS[:1])
     options.dtype = options.dtype or ["float32" if on_cpu else "bfloat16"]
     options.timing = options.timing or timing.default_method()
     baselines = list(BASELINES.get(options.op, {}))

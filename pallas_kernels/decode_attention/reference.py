@@ -7,8 +7,11 @@
     out[t]                sum_s exp(logit[t, s]) v[s] / (sum_s exp(logit[t, s]) + exp(sink))     0 where nothing is seen
     lse[t]                log of the denominator                                              -inf where nothing is seen
 
-An asynchronous softmax changes no result; `out_of_bounds` says which rows it would compute again.
+An asynchronous softmax changes no result; `out_of_bounds` says which rows it would compute again. `naively` is the
+unfused way in the precision of the input: its error is what core/tolerance.py calls normal.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,3 +81,59 @@ def out_of_bounds(logits: jax.Array, seen: jax.Array, unified_max: UnifiedMax | 
     phi = unified_max.per_head(logits.shape[1])[:, None, None]
     rows = jnp.any(seen & unified_max.out_of_bounds(logits - phi), axis=-1)
     return jnp.sum(rows, axis=(1, 2), dtype=jnp.int32)
+
+
+def specified(arguments: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Output and LSE by `attention`, of the public function's arguments by name; what is not given has its default."""
+    query = _four_axes(arguments["query"])
+    names = ("key", "value", "lengths", "page_table", "key_scale", "value_scale")
+    out, lse, _ = attention(
+        query,
+        Cache(**{name: arguments[name] for name in names if name in arguments}),
+        arguments.get("sink"),
+        scale=_scale(arguments),
+        soft_cap=arguments.get("soft_cap"),
+        window=arguments.get("window"),
+    )
+    return _as_asked(arguments, out, lse)
+
+
+def naively(arguments: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """The same with a contiguous cache, logits and probabilities in the query's dtype, softmax in float32."""
+    query, lengths = _four_axes(arguments["query"]), arguments["lengths"]
+    (B, T, N, H), dtype = query.shape, query.dtype
+    key, value = (_contiguous(arguments, name) for name in ("key", "value"))
+    S, K = key.shape[1:3]
+    x = jnp.einsum("btkgh,bskh->bkgts", query.reshape(B, T, K, N // K, H), key).reshape(B, N, T, S)
+    x = x.astype(jnp.promote_types(dtype, jnp.float32)) * _scale(arguments)
+    if (soft_cap := arguments.get("soft_cap")) is not None:
+        x = soft_cap * jnp.tanh(x / soft_cap)
+    x = jnp.where(visible(lengths, T, jnp.arange(S), arguments.get("window"))[:, None], x, -jnp.inf)
+    everything = x
+    if (sink := arguments.get("sink")) is not None:
+        column = jnp.broadcast_to(sink[:, None, None].astype(x.dtype), (B, N, T, 1))
+        everything = jnp.concatenate([x, column], axis=-1)
+    lse = jax.nn.logsumexp(everything, axis=-1)
+    p = jnp.exp(x - jnp.where(jnp.isneginf(lse), 0, lse)[..., None]).astype(dtype)
+    out = jnp.einsum("bkgts,bskh->btkgh", p.reshape(B, K, N // K, T, S), value).reshape(B, T, N, -1)
+    return _as_asked(arguments, out, lse)
+
+
+def _contiguous(arguments: dict[str, Any], name: str) -> jax.Array:
+    array, dtype = arguments[name], arguments["query"].dtype
+    scale, table = arguments.get(f"{name}_scale"), arguments.get("page_table")
+    if table is not None:
+        array = array[table].reshape(len(table), -1, *array.shape[2:])
+    return array.astype(dtype) * (1 if scale is None else scale.astype(dtype)[:, None])
+
+
+def _four_axes(query: jax.Array) -> jax.Array:
+    return query if query.ndim == 4 else query[:, None]
+
+
+def _as_asked(arguments: dict[str, Any], out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return (out, lse) if arguments["query"].ndim == 4 else (out[:, 0], lse[:, :, 0])
+
+
+def _scale(arguments: dict[str, Any]) -> float:
+    return arguments.get("scale", arguments["query"].shape[-1] ** -0.5)

@@ -41,6 +41,7 @@ class Shape:
     cache: str = ""
     extras: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
+    mask_name: str = "lengths"
 
     def make(self, dtype, key: jax.Array) -> dict[str, Any]:
         """Random arguments of the call, by name."""
@@ -71,6 +72,10 @@ class Shape:
         if "phi" in self.extras:
             arguments["unified_max"] = UnifiedMax(_normal(random, (self.N,), jnp.float32), -20.0, 20.0)
         return arguments
+
+    def flops(self, direction: str = "forward", mask: None = None) -> float:
+        """Of two products with every key, as if all sequences were full."""
+        return 2.0 * self.B * max(1, self.T) * self.N * self.S * (self.H + (self.Hv or self.H))
 
     @property
     def large(self) -> bool:

@@ -444,3 +444,22 @@ def test_models(tmp_path, monkeypatch):
     # Every weight is read once a token, 4 bytes each; keys and values come on top.
     weights = 4 * models.preset("tiny").num_parameters
     assert weights < float(decode.gbs) * float(decode.median_ms) * 1e6 < 1.2 * weights
+
+
+@pytest.mark.parametrize("shape", ["paged_window_sink", "int8_160", "drafted_5"])
+def test_samples_of_decoding_are_parts_of_the_call(shape):
+    operation = operations.OPERATIONS["decode_attention"]
+    arguments = operation.shapes[shape].make("float32", jax.random.key(0))
+    whole = operation.specification(arguments)
+    for sample in operation.samples(arguments):
+        np.testing.assert_allclose(
+            whole[sample.output], operation.specification(sample.arguments), rtol=1e-6, atol=1e-7
+        )
+
+
+def test_driver_measures_what_has_no_gradient(tmp_path):
+    argv = ["decode_attention", "--shapes=dense_203", "--budget=0", f"--out={tmp_path / 'cpu.csv'}"]
+    assert run.main(argv) == 0
+    assert [(row.direction, row.implementation) for row in rows.read(tmp_path / "cpu.csv", rows.Row)] == [
+        ("forward", "xla")
+    ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation of decode_attention against the specification, and what only this operation has."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,45 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from pallas_kernels import UnifiedMax, decode_attention, flash_attention, masks
-from pallas_kernels.decode_attention import reference
 from pallas_kernels.decode_attention.config import XlaConfig
+from pallas_kernels.decode_attention.reference import naively, specified
 from pallas_kernels.decode_attention.shapes import SHAPES, Shape
 from tests import conformance
-
-
-def specified(arguments: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """Output and LSE by the specification, in the precision of the arguments."""
-    return decode_attention(**{**arguments, "num_splits": None}, return_lse=True, implementation="reference")
-
-
-def naively(arguments: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """The unfused way: a contiguous cache in the query's dtype, all logits in it, softmax in float32."""
-    query, lengths = arguments["query"], arguments["lengths"]
-    queries = query if query.ndim == 4 else query[:, None]
-    (B, T, N, H), dtype = queries.shape, query.dtype
-    key, value = (_contiguous(arguments, name) for name in ("key", "value"))
-    S, K = key.shape[1:3]
-    x = jnp.einsum("btkgh,bskh->bkgts", queries.reshape(B, T, K, N // K, H), key).reshape(B, N, T, S)
-    x = x.astype(jnp.promote_types(dtype, jnp.float32)) * arguments.get("scale", H**-0.5)
-    if cap := arguments.get("soft_cap"):
-        x = cap * jnp.tanh(x / cap)
-    x = jnp.where(reference.visible(lengths, T, jnp.arange(S), arguments.get("window"))[:, None], x, -jnp.inf)
-    if (sink := arguments.get("sink")) is not None:
-        column = jnp.broadcast_to(sink[:, None, None].astype(x.dtype), (B, N, T, 1))
-        lse = jax.nn.logsumexp(jnp.concatenate([x, column], axis=-1), axis=-1)
-    else:
-        lse = jax.nn.logsumexp(x, axis=-1)
-    p = jnp.exp(x - jnp.where(jnp.isneginf(lse), 0, lse)[..., None]).astype(dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", p.reshape(B, K, N // K, T, S), value).reshape(B, T, N, -1)
-    return (out, lse) if query.ndim == 4 else (out[:, 0], lse[:, :, 0])
-
-
-def _contiguous(arguments: dict[str, Any], name: str) -> jax.Array:
-    array, scale, table = (arguments.get(x) for x in (name, f"{name}_scale", "page_table"))
-    dtype = arguments["query"].dtype
-    if table is not None:
-        array = array[table].reshape(len(table), -1, *array.shape[2:])
-    return array.astype(dtype) * (1 if scale is None else scale.astype(dtype)[:, None])
 
 
 class TestDecodeAttention(conformance.Suite):

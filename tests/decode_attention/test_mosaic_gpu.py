@@ -14,9 +14,9 @@ from pallas_kernels import UnifiedMax, UnsupportedError, decode_attention
 from pallas_kernels.core import device
 from pallas_kernels.core.arrays import arrays_of, with_arrays
 from pallas_kernels.decode_attention.config import MosaicGpuConfig
+from pallas_kernels.decode_attention.reference import naively, specified
 from pallas_kernels.decode_attention.shapes import SHAPES, Shape
 from tests import conformance, interpreters
-from tests.decode_attention.test_conformance import naively, specified
 
 HOPPER = dataclasses.replace(device.H100, num_cores=2)
 AMPERE = dataclasses.replace(device.A100, num_cores=2)
