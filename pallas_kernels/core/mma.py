@@ -72,12 +72,7 @@ class CpAsync:
         # The accumulator's layout does not write whole sectors; 16 adjacent bytes a thread do.
         smem[...] = x.astype(smem.dtype)
         layout = plgpu.Layout.SMEM_GMEM_COPY(smem.shape, smem.dtype, swizzle=swizzle_bytes(smem.shape[-1]))
-        x = plgpu.load(smem, layout=layout)
-        store: Any = getattr(plgpu, "store", None)
-        if store is None:
-            gmem[...] = x
-        else:  # JAX 0.12 would refuse rows of less than 128 bytes
-            store(gmem, x, optimized=False)
+        store(gmem, plgpu.load(smem, layout=layout))
 
 
 def copies_of_device() -> Tma | CpAsync:
@@ -107,6 +102,15 @@ class Ring(NamedTuple):
 
     def _barrier(self, step: Any) -> Ref | None:
         return None if self.barriers is None else self.barriers.at[step % self.stages]
+
+
+def store(gmem: Ref, x: jax.Array) -> None:
+    """From registers to global memory. JAX 0.12 refuses rows of less than 128 bytes, unless asked like this."""
+    function: Any = getattr(plgpu, "store", None)
+    if function is None:
+        gmem[...] = x
+    else:
+        function(gmem, x, optimized=False)
 
 
 def cost_option(flops: int, transcendentals: int, bytes_accessed: int) -> dict[str, Any]:

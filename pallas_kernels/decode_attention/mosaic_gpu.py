@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
-from pallas_kernels.core.mma import copies_of_device, cost_option, product, swizzle_bytes, tile_memory
+from pallas_kernels.core.mma import copies_of_device, cost_option, product, store, swizzle_bytes, tile_memory
 from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import MosaicGpuConfig
 from pallas_kernels.decode_attention.softmax import UnifiedMax
@@ -174,7 +174,7 @@ def _splits(
     paged = cache.page_table is not None
     page = cache.key.shape[1] if paged else C
     pieces = max(1, C // page)  # copies of a chunk
-    acc_layout = plgpu.Layout.MMA_ACC(dtype)
+    acc_layout, left = plgpu.Layout.MMA_ACC(dtype), plgpu.Layout.MMA_LHS(dtype)
     arrays = [x.reshape(*x.shape[:2], -1) for x in (cache.key, cache.value)]
     operands = [rows, lengths, *arrays]
     operands += [] if cache.page_table is None else [cache.page_table.astype(jnp.int32)]
@@ -183,8 +183,8 @@ def _splits(
     def zeros(*shape: int) -> jax.Array:
         return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), acc_layout)
 
-    def along_rows_of_keys(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-        """One number a query, [R], for each of a tile's rows."""
+    def along_keys(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+        """One number a query, [R], the same for each row of a tile."""
         return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (1,)), acc_layout)
 
     def kernel(*refs, q, k, v, p, arrived=None, q_arrived=None):
@@ -224,57 +224,62 @@ def _splits(
         copies.wait(q_arrived, 0, live < 0)
         constant = plgpu.load(more[0].at[head], layout=acc_layout.reduce(0), optimized=False) if more else None
 
+        def logits(slot: Any) -> jax.Array:
+            """S^T = K Q^T in base 2."""
+            x = product(zeros(C, R), k.at[slot], q)
+            if soft_cap is None:
+                return x * unit
+            # tanh(y) = 1 - 2 / (1 + exp(2 y)); the hardware's own tanh has 11 bits only.
+            return soft_cap * LOG2E * (1 - 2 / (1 + jnp.exp2(x * (2 * unit / soft_cap))))
+
+        def visible(first_key: Any) -> jax.Array:
+            """Which keys of a chunk which queries see."""
+            number = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=acc_layout.reduce(1)) + first_key
+            number = plgpu.layout_cast(lax.broadcast_in_dim(number, (C, R), (0,)), acc_layout)
+            query = plgpu.broadcasted_iota(jnp.int32, (R,), 0, layout=acc_layout.reduce(0)) // G
+            position = along_keys(query + (length - T), (C, R))
+            seen = (number <= position) & (number < length)
+            return seen if window is None else seen & (number > position - window)
+
+        def values_of(slot: Any, first_key: Any) -> jax.Array:
+            """V^T. What lies behind the last key may be anything, and 0 times it must be 0."""
+            x = plgpu.load(v.at[slot].transpose((1, 0)), layout=left)
+            column = plgpu.broadcasted_iota(jnp.int32, (Hv, C), 1, layout=left)
+            return lax.cond(
+                first_key + C > length,
+                lambda: jnp.where(column + first_key < length, x, jnp.zeros_like(x)),
+                lambda: x,
+            )
+
         def chunk(step: Any, carry: tuple) -> tuple:
             acc, m, l, bad = carry
             start(step + stages - 1)
-            slot = lax.rem(step, stages)
+            slot, first_key = lax.rem(step, stages), (first + step) * C
             ahead = 2 * pieces * (stages - 1)
             copies.wait(None if arrived is None else arrived.at[slot], ahead, step + stages - 1 < live)
-            x = product(zeros(C, R), k.at[slot], q)
-            if soft_cap is None:
-                x = x * unit
-            else:
-                # tanh(y) = 1 - 2 / (1 + exp(2 y)); the hardware's own tanh has 11 bits only.
-                x = soft_cap * LOG2E * (1 - 2 / (1 + jnp.exp2(x * (2 * unit / soft_cap))))
-            number = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=acc_layout.reduce(1)) + (first + step) * C
-            query = plgpu.broadcasted_iota(jnp.int32, (R,), 0, layout=acc_layout.reduce(0)) // G
-            number = plgpu.layout_cast(lax.broadcast_in_dim(number, (C, R), (0,)), acc_layout)
-            position = along_rows_of_keys(query + (length - T), (C, R))
-            seen = (number <= position) & (number < length)
-            seen = seen if window is None else seen & (number > position - window)
+            x, seen = logits(slot), visible(first_key)
             if bounds is None:
                 x = jnp.where(seen, x, -jnp.inf)
-                m_new = jnp.maximum(m, jnp.max(x, axis=0))
-                shift = jnp.where(m_new == -jnp.inf, 0.0, m_new)  # a query that has seen no key yet
-                alpha = jnp.exp2(m - shift)
-                weights = jnp.exp2(x - along_rows_of_keys(shift, (C, R)))
-                l, acc = l * along_rows_of_keys(alpha, (C, R)), acc * along_rows_of_keys(alpha, (Hv, R))
-                m = m_new
+                m_before, m = m, jnp.maximum(m, jnp.max(x, axis=0))
+                shift = jnp.where(m == -jnp.inf, 0.0, m)  # a query that has seen no key yet
+                alpha = jnp.exp2(m_before - shift)
+                weights = jnp.exp2(x - along_keys(shift, (C, R)))
+                l, acc = l * along_keys(alpha, (C, R)), acc * along_keys(alpha, (Hv, R))
             else:
-                x = x - along_rows_of_keys(m, (C, R))
-                outside = seen & ((x <= bounds[0]) | (x >= bounds[1]))
-                bad = jnp.where(outside, 1.0, bad)
+                x = x - along_keys(m, (C, R))  # m is phi
+                bad = jnp.where(seen & ((x <= bounds[0]) | (x >= bounds[1])), 1.0, bad)
                 weights = jnp.where(seen, jnp.exp2(x), 0.0)
             p[...] = weights.astype(dtype)
-            # V^T P: what lies behind the last key may be anything, and 0 times it must be 0.
-            values = plgpu.load(v.at[slot].transpose((1, 0)), layout=plgpu.Layout.MMA_LHS(dtype))
-            column = plgpu.broadcasted_iota(jnp.int32, (Hv, C), 1, layout=plgpu.Layout.MMA_LHS(dtype))
-            values = lax.cond(
-                (first + step + 1) * C > length,
-                lambda: jnp.where(column + (first + step) * C < length, values, jnp.zeros_like(values)),
-                lambda: values,
-            )
-            acc = plgpu.mma(acc, values, plgpu.load(p, layout=plgpu.Layout.MMA_RHS(dtype)))
-            return acc, m, l + weights, bad
+            acc = plgpu.mma(acc, values_of(slot, first_key), plgpu.load(p, layout=plgpu.Layout.MMA_RHS(dtype)))
+            return acc, m, l + weights, bad  # l and bad of each key of a chunk apart, put together at the end
 
         nothing = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), acc_layout.reduce(0))
         carry = zeros(Hv, R), nothing if constant is None else constant, zeros(C, R), zeros(C, R)
         acc, m, l, bad = lax.fori_loop(0, live, chunk, carry)
-        acc_gmem[b, head, split] = acc
-        m_gmem[b, head, split] = m
-        l_gmem[b, head, split] = jnp.sum(l, axis=0)
-        if bad_gmem:
-            bad_gmem[0][b, head, split] = jnp.max(bad, axis=0)
+        results = [(acc_gmem, acc), (m_gmem, m), (l_gmem, jnp.sum(l, axis=0))]
+        results += [(gmem, jnp.max(bad, axis=0)) for gmem in bad_gmem]
+        for gmem, x in results:
+            store(gmem.at[b, head, split], x)
 
     kernel.__name__ = "decode_attention"
     sums = jax.ShapeDtypeStruct((B, K, splits, R), jnp.float32)

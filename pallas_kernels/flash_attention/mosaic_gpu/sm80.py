@@ -32,7 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
-from pallas_kernels.core.mma import Ring, copies_of_device, product, tile_memory
+from pallas_kernels.core.mma import Ring, copies_of_device, product, store, tile_memory
 from pallas_kernels.flash_attention import tiles
 from pallas_kernels.flash_attention.config import Sm80Config
 from pallas_kernels.flash_attention.mosaic_gpu.plane import (
@@ -455,7 +455,7 @@ def bias_gradient(
         (dbias_gmem,) = outs
         dbias = lax.fori_loop(0, math.prod(summed), tile, plane.zeros(bq, bk))
         b, n, i, j = of_bias
-        dbias_gmem[b, n, pl.ds(i * bq, bq), pl.ds(j * bk, bk)] = dbias
+        store(dbias_gmem.at[b, n, pl.ds(i * bq, bq), pl.ds(j * bk, bk)], dbias)
 
     (dbias,) = _launch(
         "flash_attention_sm80_dbias",
