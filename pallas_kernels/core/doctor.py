@@ -31,8 +31,11 @@ PACKAGES = (
     "optax",
     "orbax-checkpoint",
 )
-# One representative call of each op, as names in its shapes.py.
-CALLS = {"flash_attention": ("llama2_7b_prefill_4k", "head_dims_192_128", "vit_b16_224")}
+# Representative calls of each op, as names in its shapes.py.
+CALLS = {
+    "flash_attention": ("llama2_7b_prefill_4k", "head_dims_192_128", "vit_b16_224"),
+    "decode_attention": ("batch_8_8k_page_16", "int8_160"),
+}
 
 
 def report() -> Iterator[str]:

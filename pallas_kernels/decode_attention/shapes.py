@@ -16,6 +16,8 @@ import numpy as np
 
 from pallas_kernels.decode_attention.softmax import UnifiedMax
 
+_UNUSED = 2  # pages that no sequence has
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -49,28 +51,48 @@ class Shape:
         random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         drawn = [0, self.S, *random.integers(1, self.S + 1, max(0, self.B - 2))][-self.B :]
         lengths = np.asarray(self.lengths or random.permutation(drawn), np.int32)
-        arguments: dict[str, Any] = {
-            "query": _normal(random, (self.B, *([self.T] if self.T else []), self.N, self.H), dtype),
-            "lengths": jnp.asarray(lengths),
-            **dict(self.options),
-        }
-        rows = (self.B, self.S)
-        if self.page:
-            pages = self.S // self.page
-            rows = (self.B * pages + 2, self.page)  # two that nobody has
-            table = random.permutation(rows[0])[: self.B * pages].reshape(self.B, pages)
-            unused = np.arange(pages) >= -(-lengths[:, None] // self.page)
-            arguments["page_table"] = jnp.asarray(np.where(unused, -1, table), jnp.int32)
-        for name, width in (("key", self.H), ("value", self.Hv or self.H)):
-            if self.cache:
-                arguments[name] = jnp.asarray(random.integers(-20, 21, (*rows, self.K, width)), self.cache)
-                arguments[f"{name}_scale"] = jnp.asarray(random.uniform(0.05, 0.1, self.K), jnp.float32)
-            else:
-                arguments[name] = _normal(random, (*rows, self.K, width), dtype)
-        if "sink" in self.extras:
-            arguments["sink"] = _normal(random, (self.N,), jnp.float32)
+
+        def fill(name: str, x: jax.ShapeDtypeStruct) -> jax.Array:
+            if name == "lengths":
+                return jnp.asarray(lengths)
+            if name == "page_table":
+                table = random.permutation(self.B * x.shape[1] + _UNUSED)[: self.B * x.shape[1]].reshape(x.shape)
+                beyond = np.arange(x.shape[1]) >= -(-lengths[:, None] // self.page)
+                return jnp.asarray(np.where(beyond, -1, table), x.dtype)
+            if name.endswith("_scale"):
+                return jnp.asarray(random.uniform(0.05, 0.1, x.shape), x.dtype)
+            if self.cache and name in ("key", "value"):
+                return jnp.asarray(random.integers(-20, 21, x.shape), x.dtype)
+            return jnp.asarray(random.standard_normal(x.shape, np.float32), x.dtype)
+
+        arguments = self.abstract(dtype)
         if "phi" in self.extras:
-            arguments["unified_max"] = UnifiedMax(_normal(random, (self.N,), jnp.float32), -20.0, 20.0)
+            bounds = arguments["unified_max"]
+            arguments["unified_max"] = dataclasses.replace(bounds, phi=fill("phi", bounds.phi))
+        given = {name: x for name, x in arguments.items() if isinstance(x, jax.ShapeDtypeStruct)}
+        return arguments | {name: fill(name, x) for name, x in given.items()}
+
+    def abstract(self, dtype) -> dict[str, Any]:
+        """The same call with shapes in place of arrays: for `explain` and ahead-of-time compiling."""
+        pages = self.S // self.page if self.page else 0
+        rows = (self.B * pages + _UNUSED, self.page) if pages else (self.B, self.S)
+        cache = jnp.dtype(self.cache or dtype)
+        arrays: dict[str, tuple[tuple[int, ...], Any]] = {
+            "query": ((self.B, *([self.T] if self.T else []), self.N, self.H), dtype),
+            "key": ((*rows, self.K, self.H), cache),
+            "value": ((*rows, self.K, self.Hv or self.H), cache),
+            "lengths": ((self.B,), jnp.int32),
+        }
+        if pages:
+            arrays["page_table"] = (self.B, pages), jnp.int32
+        if self.cache:
+            arrays["key_scale"] = arrays["value_scale"] = (self.K,), jnp.float32
+        if "sink" in self.extras:
+            arrays["sink"] = (self.N,), jnp.float32
+        arguments = {name: jax.ShapeDtypeStruct(*x) for name, x in arrays.items()} | dict(self.options)
+        if "phi" in self.extras:
+            phi: Any = jax.ShapeDtypeStruct((self.N,), jnp.float32)
+            arguments["unified_max"] = UnifiedMax(phi, -20.0, 20.0)
         return arguments
 
     def flops(self, direction: str = "forward", mask: None = None) -> float:
@@ -81,10 +103,6 @@ class Shape:
     def large(self) -> bool:
         """Too large for a test on a CPU: for benchmarks only."""
         return self.B * self.S * self.K * self.H > 2**22
-
-
-def _normal(random: np.random.Generator, shape: tuple[int, ...], dtype) -> jax.Array:
-    return jnp.asarray(random.standard_normal(shape, np.float32), dtype)
 
 
 def _all(**options: Any) -> tuple[tuple[str, Any], ...]:
@@ -104,6 +122,8 @@ SHAPES: dict[str, Shape] = {
     "fp8_160": Shape(3, 160, 8, 2, 64, cache="float8_e4m3fn", extras=("phi",), options=_all(scale=0.1)),
     "splits_190": Shape(3, 190, 4, 1, 64, options=_all(num_splits=3)),
     # Large: for benchmarks, every sequence full.
+    "drafted_4_8k": Shape(8, 8192, 32, 8, 128, T=4, page=64, lengths=(8192,) * 8),
+    "asynchronous_8k": Shape(8, 8192, 32, 8, 128, lengths=(8192,) * 8, extras=("phi",), options=_all(scale=0.01)),
     **{
         f"batch_{B}_{S // 1024}k{f'_page_{page}' if page else ''}": Shape(B, S, 32, 8, 128, page=page, lengths=(S,) * B)
         for B, S in ((1, 2048), (1, 32768), (8, 8192), (64, 8192))

@@ -63,24 +63,36 @@ def _smoke_tpu(compiling: Compiling):
     return jax.jit(mosaic_tpu.matmul), (x, x)
 
 
+def _arrays_of(arguments: dict, compiling: Compiling):
+    """The arrays among a call's arguments, masks and all, and what puts others in their place."""
+    import jax
+
+    from pallas_kernels.core.arrays import is_array
+
+    leaves, tree = jax.tree.flatten(arguments)
+    has_shape = [is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
+    arrays = tuple(compiling.array(x.shape, x.dtype) for x, yes in zip(leaves, has_shape, strict=True) if yes)
+
+    def fill(arrays):
+        given = iter(arrays)
+        return tree.unflatten([next(given) if yes else leaf for leaf, yes in zip(leaves, has_shape, strict=True)])
+
+    return arrays, fill
+
+
 def _flash_attention(implementation: str, shape: str, direction: str, dtype: str, compiling: Compiling, config=None):
     """A named shape, its mask's arrays among the arguments; "backward" is all of `grad`, the forward pass too."""
     import jax
     import jax.numpy as jnp
 
     from pallas_kernels import flash_attention
-    from pallas_kernels.core.arrays import is_array
     from pallas_kernels.flash_attention.shapes import SHAPES, Shape, causal
 
     shapes = SHAPES | {"causal_256k": Shape(1, 2**18, 2**18, 1, 1, 128, extras=causal)}
-    leaves, tree = jax.tree.flatten(shapes[shape].abstract(dtype))
-    has_shape = [is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
-    arguments = [compiling.array(x.shape, x.dtype) for x, yes in zip(leaves, has_shape, strict=True) if yes]
+    arguments, fill = _arrays_of(shapes[shape].abstract(dtype), compiling)
 
     def forward(*arrays):
-        given = iter(arrays)
-        filled = [next(given) if yes else leaf for leaf, yes in zip(leaves, has_shape, strict=True)]
-        return flash_attention(**tree.unflatten(filled), return_lse=True, implementation=implementation, config=config)
+        return flash_attention(**fill(arrays), return_lse=True, implementation=implementation, config=config)
 
     def backward(*arrays):
         def loss(floats):
@@ -94,38 +106,17 @@ def _flash_attention(implementation: str, shape: str, direction: str, dtype: str
 
 
 def _decode_attention(shape: str, compiling: Compiling):
-    """Sizes of benchmarks; a batch of lengths that only the device knows."""
+    """A named shape, its arrays all arguments: lengths and pages are known to the device alone."""
     import jax
-    import jax.numpy as jnp
 
-    from pallas_kernels import UnifiedMax, decode_attention
+    from pallas_kernels import decode_attention
+    from pallas_kernels.decode_attention.shapes import SHAPES
 
-    B, S, page, T, phi = _DECODE[shape]
-    N, K, H = 32, 8, 128
-    rows = (B * S // page, page) if page else (B, S)
-    query, cache = compiling.array((B, T, N, H), jnp.bfloat16), compiling.array((*rows, K, H), jnp.bfloat16)
-    arrays = [query, cache, cache, compiling.array((B,), jnp.int32)]
-    arrays += [compiling.array((B, S // page), jnp.int32)] if page else []
-
-    def decode(query, key, value, lengths, *table):
-        return decode_attention(
-            *(query, key, value, lengths),
-            page_table=table[0] if table else None,
-            unified_max=UnifiedMax(0.0, -20.0, 20.0) if phi else None,
-            implementation="mosaic_gpu",
-        )
-
-    return jax.jit(decode), tuple(arrays)
+    arrays, fill = _arrays_of(SHAPES[shape].abstract("bfloat16"), compiling)
+    return jax.jit(lambda *arrays: decode_attention(**fill(arrays), implementation="mosaic_gpu")), arrays
 
 
-# name -> B, S, page, T, asynchronous softmax
-_DECODE = {
-    "dense_1_2k": (1, 2048, 0, 1, False),
-    "dense_64_8k": (64, 8192, 0, 1, False),
-    "paged_16": (8, 8192, 16, 1, False),
-    "paged_64_drafted_4": (8, 8192, 64, 4, False),
-    "asynchronous": (8, 8192, 0, 1, True),
-}
+_DECODE = ("batch_1_2k", "batch_64_8k", "batch_8_8k_page_16", "drafted_4_8k", "asynchronous_8k")
 
 
 def _flash_attention_tpu_window(compiling: Compiling):
