@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
-from pallas_kernels.core.mma import copies_of_device, cost_option, product, store, swizzle_bytes, tile_memory
+from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, product, store, swizzle_bytes, tile_memory
 from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import MosaicGpuConfig
 from pallas_kernels.decode_attention.softmax import UnifiedMax
@@ -200,27 +200,24 @@ def _splits(
         end = jnp.minimum((split + 1) * chunks, lax.div(length + C - 1, C))
         live = jnp.maximum(end - first, 0)
 
-        def start(step: Any) -> None:
-            """Asks for the keys and values of a step, if there is one."""
+        def rows_of(gmem: Ref, width: int, piece: int, step: Any) -> Ref:
+            """Where a piece of a step's keys or values lies."""
+            key = (first + step) * C + piece * page
+            row, at = b, key
+            if table is not None:
+                number = jnp.minimum(key // page, table.shape[1] - 1)
+                row, at = jnp.clip(table[b, number], 0, gmem.shape[0] - 1), lax.rem(key, page)
+            return gmem.at[row, pl.ds(at, min(page, C)), pl.ds(head * width, width)]
 
-            @pl.when(step < live)
-            def _():
-                slot = lax.rem(step, stages)
-                for gmem, smem, width in ((key_gmem, k, H), (value_gmem, v, Hv)):
-                    for piece in range(pieces):
-                        key = (first + step) * C + piece * page
-                        row, at = b, key
-                        if table is not None:
-                            number = jnp.minimum(key // page, table.shape[1] - 1)
-                            row = jnp.clip(table[b, number], 0, gmem.shape[0] - 1)
-                            at = lax.rem(key, page)
-                        source = gmem.at[row, pl.ds(at, min(page, C)), pl.ds(head * width, width)]
-                        target = smem.at[slot, pl.ds(piece * page, min(page, C))]
-                        copies.start(source, target, None if arrived is None else arrived.at[slot])
-
+        parts = [
+            (functools.partial(rows_of, gmem, width, piece), slots.at[:, pl.ds(piece * page, min(page, C))])
+            for gmem, slots, width in ((key_gmem, k, H), (value_gmem, v, Hv))
+            for piece in range(pieces)
+        ]
+        ring = Ring(copies, stages, parts, arrived)
         copies.start(rows_gmem.at[b, head], q, q_arrived)
         for step in range(stages - 1):
-            start(step)
+            ring.start(step, live)
         copies.wait(q_arrived, 0, live < 0)
         constant = plgpu.load(more[0].at[head], layout=acc_layout.reduce(0), optimized=False) if more else None
 
@@ -253,10 +250,9 @@ def _splits(
 
         def chunk(step: Any, carry: tuple) -> tuple:
             acc, m, l, bad = carry
-            start(step + stages - 1)
+            ring.start(step + stages - 1, live)
             slot, first_key = lax.rem(step, stages), (first + step) * C
-            ahead = 2 * pieces * (stages - 1)
-            copies.wait(None if arrived is None else arrived.at[slot], ahead, step + stages - 1 < live)
+            ring.wait(step, len(parts) * (stages - 1), step + stages - 1 < live)
             x, seen = logits(slot), visible(first_key)
             if bounds is None:
                 x = jnp.where(seen, x, -jnp.inf)

@@ -95,8 +95,7 @@ def forward(
 
     def sweep(step: Callable[[jax.Array, _Sums], _Sums], m: jax.Array) -> _Sums:
         """All chunks that some sequence sees."""
-        oldest = jnp.min(cache.lengths) - T + 1 - (window or 0)
-        first = jnp.int32(0) if window is None else jnp.maximum(oldest, 0) // count
+        first = 0 if window is None else jnp.maximum(jnp.min(cache.lengths) - T + 1 - window, 0) // count
         last = -(-jnp.minimum(jnp.max(cache.lengths), S) // count)
         rows = jnp.zeros((B, K, G, T), dtype)
         start = _Sums(m, rows, jnp.zeros((B, K, G, T, Hv), dtype), rows > 0)
