@@ -75,7 +75,7 @@ def forward(
         return x, seen[:, None, None], values
 
     def weighted(p: jax.Array, values: jax.Array) -> jax.Array:
-        return jnp.einsum("bkgts,bskh->bkgth", p.astype(query.dtype), values, preferred_element_type=dtype)
+        return jnp.einsum("bkgts,bskh->bkgth", p, values, preferred_element_type=dtype)
 
     def online(i: jax.Array, sums: _Sums) -> _Sums:
         x, seen, values = chunk(i)
@@ -83,15 +83,21 @@ def forward(
         m = jnp.maximum(sums.m, jnp.max(x, axis=-1))
         shift = jnp.where(jnp.isneginf(m), 0, m)  # a row that has seen no key yet
         p, alpha = jnp.exp(x - shift[..., None]), jnp.exp(sums.m - shift)
-        l, acc = sums.l * alpha + jnp.sum(p, axis=-1), sums.acc * alpha[..., None] + weighted(p, values)
+        l, acc = (
+            sums.l * alpha + jnp.sum(p, axis=-1),
+            sums.acc * alpha[..., None] + weighted(p.astype(query.dtype), values),
+        )
         return _Sums(m, l, acc, sums.bad)
+
+    # Weights up to exp(60) are beyond the range of float16, unlike those of an online softmax, which are 1 at most.
+    wide = dtype if query.dtype == jnp.float16 else query.dtype
 
     def asynchronous(phi: jax.Array, bounds: UnifiedMax, i: jax.Array, sums: _Sums) -> _Sums:
         x, seen, values = chunk(i)
         x = x - phi[..., None]
         p = jnp.where(seen, jnp.exp(x), 0)
         bad = sums.bad | jnp.any(seen & bounds.out_of_bounds(x), axis=-1)
-        return sums._replace(l=sums.l + jnp.sum(p, axis=-1), acc=sums.acc + weighted(p, values), bad=bad)
+        return sums._replace(l=sums.l + jnp.sum(p, axis=-1), acc=sums.acc + weighted(p.astype(wide), values), bad=bad)
 
     def sweep(step: Callable[[jax.Array, _Sums], _Sums], m: jax.Array) -> _Sums:
         """All chunks that some sequence sees."""

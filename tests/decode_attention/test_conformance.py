@@ -137,6 +137,15 @@ class TestAsynchronousSoftmax:
         np.testing.assert_allclose(out, want[0], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(lse, want[1], rtol=1e-6)
 
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_weights_beyond_float16(self, dtype):
+        arguments = self.arguments(np.array([[20, 25, 18, 3], [-30, -25, -28, -40]]))
+        arguments |= {name: arguments[name].astype(dtype) for name in ("query", "key", "value")}
+        out, stats = decode_attention(**arguments, unified_max=UnifiedMax(), return_stats=True, implementation="xla")
+        assert stats.recomputed_rows.tolist() == [0, 0]
+        want = decode_attention(**arguments, implementation="reference")
+        np.testing.assert_allclose(np.float32(out), np.float32(want), rtol=0.01)
+
     def test_hidden_keys_never_count(self):
         logits = np.full((1, 64), 1000.0)
         logits[:, 30:33] = 0.5
