@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shape and dtype checks in axis letters, and the error that an implementation's refusal becomes."""
 
+import math
+import numbers
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -50,6 +52,12 @@ class Axes(dict[str, int]):
             sizes = ", ".join(f"{x}={self[x]}" for x in wanted)
             self.fail(name, f"broadcastable to [{', '.join(wanted)}] = [{sizes}]", shape)
 
+    def check_not_empty(self) -> None:
+        """ValueError if an axis bound so far has size 0."""
+        if empty := [letter for letter, size in self.items() if size == 0]:
+            listed = ", ".join(f"{letter}=0 ({self.origin[letter]})" for letter in empty)
+            raise ValueError(f"{self.op}: {listed}; every axis needs a size > 0.")
+
     def fail(self, name: str, rule: str, shape: tuple[int, ...]) -> None:
         verb = "be" if rule.startswith("broadcastable") else "have shape"
         bound = ", ".join(f"{x}={n} ({self.origin[x]})" for x, n in self.items()) or "none"
@@ -69,6 +77,19 @@ def check_same_dtype(op: str, dtypes: Mapping[str, Any]) -> None:
     if len(set(names.values())) > 1:
         listed = ", ".join(f"{k} {v}" for k, v in names.items())
         raise TypeError(f"{op}: {', '.join(names)} must have one dtype, got {listed}; cast them with .astype(...).")
+
+
+def check_number(op: str, name: str, value: Any, hint: str = "") -> float:
+    """TypeError unless `value` is a finite Python number; arrays would have to be traced, and kernels fold these in."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise TypeError(f"{op}: {name} must be a finite Python number, got {value!r}{hint}.")
+    return float(value)
+
+
+def check_floating(op: str, name: str, array: Any, hint: str = "") -> None:
+    """TypeError unless `array` is of floating point."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{op}: {name} must be floating point, got {array.dtype}{hint}.")
 
 
 _SHORT = {"float": "f", "bfloat": "bf", "uint": "u", "int": "s"}

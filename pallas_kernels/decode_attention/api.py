@@ -5,13 +5,13 @@ import dataclasses
 import functools
 import math
 import numbers
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core import dispatch, tuning
-from pallas_kernels.core.check import Axes, check_dtype
+from pallas_kernels.core.check import Axes, check_dtype, check_floating, check_number, check_same_dtype
 from pallas_kernels.core.dispatch import Argument, Call, Choice, Implementation
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.decode_attention import config as config_lib
@@ -106,26 +106,12 @@ def decode_attention(
     Source: Dao et al., "Flash-Decoding for long-context inference", 2023, for the splits; Hong et al.,
     "FlashDecoding++", 2023, section 3, for the asynchronous softmax.
     """
-    queries = query if query.ndim == 4 else query[:, None]
-    call = describe(
-        queries,
-        key,
-        value,
-        lengths,
-        page_table=page_table,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        scale=scale,
-        soft_cap=soft_cap,
-        window=window,
-        sink=sink,
-        unified_max=unified_max,
-        num_splits=num_splits,
-        few=query.ndim == 4,
-    )
+    inputs = _Inputs(query, key, value, lengths, page_table, key_scale, value_scale, sink, unified_max)
+    call = _describe(inputs, scale, soft_cap, window, num_splits)
+    if query.ndim == 3:
+        inputs = inputs._replace(query=query[:, None])
     choice = dispatch.choose(call, implementation)
     plan = _Plan(choice, _config(choice, config))
-    inputs = queries, key, value, lengths, page_table, key_scale, value_scale, sink, unified_max
     outputs: Any = _attend(plan, vary_like(inputs, inputs))
     out, lse, recomputed = outputs
     if query.ndim == 3:
@@ -134,44 +120,39 @@ def decode_attention(
     return (out, *more) if more else out
 
 
-def describe(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    lengths: jax.Array,
-    *,
-    page_table: jax.Array | None = None,
-    key_scale: jax.Array | None = None,
-    value_scale: jax.Array | None = None,
-    scale: float | None = None,
-    soft_cap: float | None = None,
-    window: int | None = None,
-    sink: jax.Array | None = None,
-    unified_max: UnifiedMax | None = None,
-    num_splits: int | None = None,
-    few: bool = True,
+class _Inputs(NamedTuple):
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    lengths: jax.Array
+    page_table: jax.Array | None
+    key_scale: jax.Array | None
+    value_scale: jax.Array | None
+    sink: jax.Array | None
+    unified_max: UnifiedMax | None
+
+
+def _describe(
+    inputs: _Inputs, scale: float | None, soft_cap: float | None, window: int | None, num_splits: int | None
 ) -> Call:
-    """Checks the arguments of `decode_attention` and puts them in the words of dispatch; query is [B, T, N, H]."""
+    """Checks the arguments and puts them in the words of dispatch; of a query [B, N, H], T is 1."""
+    query, key, value, lengths, page_table, key_scale, value_scale, sink, unified_max = inputs
     axes = Axes(OP)
-    if few:
-        axes.bind("query", query.shape, "B T N H")
-    else:
-        axes.bind("query", query[:, 0].shape, "B N H")
-        axes.bind("query", query.shape, "B T N H")
+    axes.bind("query", query.shape, "B N H" if query.ndim == 3 else "B T N H")
     kind = "P page" if page_table is not None else "B S"
     axes.bind("key", key.shape, f"{kind} K H")
     axes.bind("value", value.shape, f"{kind} K Hv")
-    if empty := [letter for letter, size in axes.items() if size == 0]:
-        raise ValueError(f"{OP}: {', '.join(f'{x}=0 ({axes.origin[x]})' for x in empty)}; every axis needs a size > 0.")
+    axes.check_not_empty()
     N, K = axes["N"], axes["K"]
     if N % K:
         raise ValueError(f"{OP}: query heads N={N} must be a multiple of key heads K={K}.")
     check_dtype(OP, "query", query.dtype, _DTYPES)
+    check_same_dtype(OP, {"key": key.dtype, "value": value.dtype})
     _check_cache_dtypes(query, {"key": key, "value": value}, {"key": key_scale, "value": value_scale})
     _check_integers("lengths", lengths)
     axes.bind("lengths", lengths.shape, "B")
     arguments = [
-        Argument("q", query.dtype.name, tuple(zip("BTNH", query.shape, strict=True))),
+        Argument("q", query.dtype.name, tuple((letter, axes.get(letter, 1)) for letter in "BTNH")),
         Argument("k", key.dtype.name, tuple(zip((*kind.split(), "K", "H"), key.shape, strict=True))),
         Argument("v", value.dtype.name, tuple(zip((*kind.split(), "K", "Hv"), value.shape, strict=True))),
     ]
@@ -184,13 +165,12 @@ def describe(
     for name, array, letter in (("key_scale", key_scale, "K"), ("value_scale", value_scale, "K"), ("sink", sink, "N")):
         if array is not None:
             axes.bind(name, array.shape, letter)
-            if not jnp.issubdtype(array.dtype, jnp.floating):
-                raise TypeError(f"{OP}: {name} must be floating point, got {array.dtype}.")
+            check_floating(OP, name, array)
             arguments.append(Argument(name, array.dtype.name, ((letter, axes[letter]),)))
     if unified_max is not None:
         _check_unified_max(unified_max, N)
-    scale = 1 / math.sqrt(axes["H"]) if scale is None else _number("scale", scale)
-    if soft_cap is not None and _number("soft_cap", soft_cap) <= 0:
+    scale = 1 / math.sqrt(axes["H"]) if scale is None else check_number(OP, "scale", scale)
+    if soft_cap is not None and check_number(OP, "soft_cap", soft_cap) <= 0:
         raise ValueError(f"{OP}: soft_cap must be > 0 or None, got {soft_cap!r}.")
     for name, number in (("window", window), ("num_splits", num_splits)):
         if number is not None and (not isinstance(number, numbers.Integral) or number < 1):
@@ -221,12 +201,6 @@ def _check_unified_max(unified_max: UnifiedMax, N: int) -> None:
         raise ValueError(f"{OP}: unified_max.phi must be a number or [N] with N={N}, got {jnp.shape(unified_max.phi)}.")
 
 
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise TypeError(f"{OP}: {name} must be a finite Python number, got {value!r}.")
-    return float(value)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     choice: Choice
@@ -243,7 +217,7 @@ def _config(choice: Choice, given: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan: _Plan, inputs: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _attend(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
     query, key, value, lengths, page_table, key_scale, value_scale, sink, unified_max = inputs
     cache = Cache(key, value, lengths, page_table, key_scale, value_scale)
     call = plan.choice.call
@@ -256,7 +230,7 @@ def _attend(plan: _Plan, inputs: tuple) -> tuple[jax.Array, jax.Array, jax.Array
     return vary_like(module.forward(query, cache, sink, unified_max, **options), inputs)
 
 
-def _no_gradient(plan: _Plan, inputs: tuple):
+def _no_gradient(plan: _Plan, inputs: _Inputs):
     raise TypeError(f"{OP} has no gradient: it reads a cache. Train with pallas_kernels.flash_attention.")
 
 

@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import math
-import numbers
 import warnings
 from typing import Any, Literal, NamedTuple, overload
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.core import dispatch, tuning
-from pallas_kernels.core.check import Axes, check_dtype, check_same_dtype
+from pallas_kernels.core.check import Axes, check_dtype, check_floating, check_number, check_same_dtype
 from pallas_kernels.core.dispatch import Argument, Call, Choice, Implementation
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.flash_attention import config as config_lib
@@ -154,9 +153,7 @@ def describe(
     axes.bind("query", query.shape, "B T N H")
     axes.bind("key", key.shape, "B S K H")
     axes.bind("value", value.shape, "B S K Hv")
-    empty = [letter for letter, size in axes.items() if size == 0]
-    if empty:
-        raise ValueError(f"{OP}: {', '.join(f'{x}=0 ({axes.origin[x]})' for x in empty)}; every axis needs a size > 0.")
+    axes.check_not_empty()
     N, K = axes["N"], axes["K"]
     if N % K:
         raise ValueError(f"{OP}: query heads N={N} must be a multiple of key heads K={K}.")
@@ -170,36 +167,23 @@ def describe(
     ]
     if bias is not None:
         axes.bind_broadcast("bias", bias.shape, "B N T S")
-        _check_floating("bias", bias)
+        check_floating(OP, "bias", bias, "; a boolean mask goes to mask=" if bias.dtype == jnp.bool_ else "")
         shape = (1,) * (4 - bias.ndim) + bias.shape
         # Letters of a broadcast axis are marked, so that `Call.sizes` keeps the true sizes.
         letters = (x if n == axes[x] else f"{x}*" for x, n in zip("BNTS", shape, strict=True))
         arguments.append(Argument("bias", bias.dtype.name, tuple(zip(letters, shape, strict=True))))
     if sink is not None:
         axes.bind("sink", sink.shape, "N")
-        _check_floating("sink", sink)
+        check_floating(OP, "sink", sink)
         arguments.append(Argument("sink", sink.dtype.name, (("N", N),)))
     if mask is not None:
         mask.check(axes)
-    scale = 1 / math.sqrt(axes["H"]) if scale is None else _number("scale", scale)
-    if soft_cap is not None and _number("soft_cap", soft_cap) <= 0:
+    learned = " (for a learned scale multiply query by it)"
+    scale = 1 / math.sqrt(axes["H"]) if scale is None else check_number(OP, "scale", scale, learned)
+    if soft_cap is not None and check_number(OP, "soft_cap", soft_cap) <= 0:
         raise ValueError(f"{OP}: soft_cap must be > 0 or None, got {soft_cap!r}.")
     options = (("mask", None if mask is None else str(mask)), ("scale", scale), ("soft_cap", soft_cap))
     return Call(OP, tuple(arguments), options)
-
-
-def _number(name: str, value) -> float:
-    """A finite Python number; arrays would have to be traced, and kernels fold these in."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        hint = " (for a learned scale multiply query by it)" if name == "scale" else ""
-        raise TypeError(f"{OP}: {name} must be a finite Python number, got {value!r}{hint}.")
-    return float(value)
-
-
-def _check_floating(name: str, array: jax.Array) -> None:
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        hint = "; a boolean mask goes to mask=" if array.dtype == jnp.bool_ else ""
-        raise TypeError(f"{OP}: {name} must be floating point, got {array.dtype}{hint}.")
 
 
 def _warn_if_heads_first(query: tuple[int, ...], key: tuple[int, ...]) -> None:
