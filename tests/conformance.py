@@ -37,6 +37,7 @@ class Suite:
     probe: ClassVar[str]  # the shape on which transformations are tried
     probe_dtypes: ClassVar[Mapping[str, str]] = {}  # and the dtype, for implementations that do not take float32
     differentiable: ClassVar[bool] = True
+    on_gpu: ClassVar[bool] = True  # `pytest -m gpu` runs it
     plumbing: ClassVar[frozenset[str]] = frozenset({"implementation", "config", "return_lse"})
 
     def call(self, arguments: dict[str, Any], implementation: str) -> Any:

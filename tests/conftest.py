@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     on_gpu = _on_gpu(config)
     for item in items:
         # The conformance suites are for every device: `-m gpu` runs them on the GPU as they run on the CPU.
-        if on_gpu and isinstance(item, pytest.Function) and issubclass(item.cls or object, Suite):
+        if on_gpu and isinstance(item, pytest.Function) and issubclass(item.cls or object, Suite) and item.cls.on_gpu:
             item.add_marker(pytest.mark.gpu)
         if not on_gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device: run `pytest -m gpu` on one"))

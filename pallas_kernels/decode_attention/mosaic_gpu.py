@@ -89,7 +89,7 @@ def forward(
         cache,
         T=T,
         G=G,
-        unit=LOG2E * scale,
+        base=LOG2E * scale,
         soft_cap=soft_cap,
         window=window,
         splits=splits,
@@ -112,6 +112,8 @@ def forward(
         ]
     acc, m, l = parts
     out, lse = _merge(acc, m, l, None if sink is None else per_row(sink) * LOG2E)
+    if cache.value_scale is not None:
+        out = out * cache.value_scale.astype(jnp.float32)[:, None, None]
     out = out[..., : T * G].reshape(B, K, Hv, T, G)
     out = jnp.transpose(out, (0, 3, 1, 4, 2)).reshape(B, T, N, Hv).astype(query.dtype)
     lse = jnp.swapaxes(lse[..., : T * G].reshape(B, K, T, G), 2, 3).reshape(B, N, T)
@@ -155,7 +157,7 @@ def _splits(
     *,
     T: int,
     G: int,
-    unit: float,
+    base: float,
     soft_cap: float | None,
     window: int | None,
     splits: int,
@@ -177,8 +179,9 @@ def _splits(
     acc_layout, left = plgpu.Layout.MMA_ACC(dtype), plgpu.Layout.MMA_LHS(dtype)
     arrays = [x.reshape(*x.shape[:2], -1) for x in (cache.key, cache.value)]
     operands = [rows, lengths, *arrays]
-    operands += [] if cache.page_table is None else [cache.page_table.astype(jnp.int32)]
-    operands += [] if phi is None else [phi]
+    options = {"table": cache.page_table, "key_scale": cache.key_scale, "phi": phi}
+    given = {name: x for name, x in options.items() if x is not None}
+    operands += [x.astype(jnp.int32 if name == "table" else jnp.float32) for name, x in given.items()]
 
     def zeros(*shape: int) -> jax.Array:
         return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), acc_layout)
@@ -190,7 +193,8 @@ def _splits(
     def kernel(*refs, q, k, v, p, arrived=None, q_arrived=None):
         rows_gmem, lengths_gmem, key_gmem, value_gmem, *more = refs[: len(operands)]
         acc_gmem, m_gmem, l_gmem, *bad_gmem = refs[len(operands) :]
-        table = more.pop(0) if paged else None
+        option = dict(zip(given, more, strict=True))
+        table = option.get("table")
         block = lax.axis_index("block")
         b, head, split = block // (K * splits), block // splits % K, block % splits
         length = lengths_gmem[b, head]
@@ -219,7 +223,10 @@ def _splits(
         for step in range(stages - 1):
             ring.start(step, live)
         copies.wait(q_arrived, 0, live < 0)
-        constant = plgpu.load(more[0].at[head], layout=acc_layout.reduce(0), optimized=False) if more else None
+        unit = base * option["key_scale"][head] if "key_scale" in option else base
+        constant = None
+        if phi is not None:
+            constant = plgpu.load(option["phi"].at[head], layout=acc_layout.reduce(0), optimized=False)
 
         def logits(slot: Any) -> jax.Array:
             """S^T = K Q^T in base 2."""

@@ -31,6 +31,7 @@ CASES = {
     "pages_of_16": (SHAPES["paged_16"], MosaicGpuConfig(stages=2, num_splits=2)),
     "pages_of_128": (Shape(2, 384, 4, 2, 64, page=128), MosaicGpuConfig(num_splits=3)),
     "window": (SHAPES["paged_window_sink"], MosaicGpuConfig(num_splits=7)),
+    "scaled": (Shape(2, 136, 4, 2, 64, cache="bfloat16"), MosaicGpuConfig()),
     "asynchronous": (Shape(3, 256, 8, 2, 64, extras=("sink", "phi"), options=(("scale", 0.1),)), MosaicGpuConfig()),
 }
 

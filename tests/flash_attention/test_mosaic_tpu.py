@@ -63,6 +63,7 @@ def assert_right(arguments, config) -> None:
 @pytest.mark.usefixtures("interpreted")
 class TestMosaicTpu(test_conformance.TestFlashAttention):
     implementations = ("mosaic_tpu",)
+    on_gpu = False  # the interpreter's float32 products are those of a CPU
 
     def test_shard_map(self, implementation, monkeypatch):
         """The interpreter's own loop does not pass shard_map's check of types; the call's types do, as traced below."""

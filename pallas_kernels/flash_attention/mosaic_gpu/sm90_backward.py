@@ -292,16 +292,18 @@ def backward(
 
     # The rule that Pallas has for vmap does not know an array that is both input and output.
     @jax.custom_batching.sequential_vmap
-    def run(*leaves):
-        dq = jax.new_ref(jnp.zeros((B, ops.query.shape[1], N * H), jnp.int32))
-        dk, dv = kernel(*leaves, dq)
-        return dq[...], dk, dv
+    def run(inverse, *leaves):
+        integers = jax.new_ref(jnp.zeros((B, ops.query.shape[1], N * H), jnp.int32))
+        dk, dv = kernel(*leaves, integers)
+        # Made numbers in here: in a loop, XLA lets a kernel write its results straight into the loop's, and forgets
+        # that this one is an input as well.
+        dq = integers[...].reshape(B, -1, N, H)[:, :T, :, : query.shape[3]].astype(jnp.float32)
+        inverse = jnp.swapaxes(inverse, 1, 2)[..., None] * scale
+        return (dq * inverse).astype(query.dtype), dk, dv
 
-    dq, dk, dv = run(*leaves)
-    heads_of_queries = dq.reshape(B, -1, N, H)[:, :T, :, : query.shape[3]]
-    inverse = jnp.swapaxes(inverse, 1, 2)[..., None] * scale
+    dq, dk, dv = run(inverse, *leaves)
     return Gradients(
-        (heads_of_queries.astype(jnp.float32) * inverse).astype(query.dtype),
+        dq,
         dk.reshape(B, -1, K, H)[:, :S, :, : key.shape[3]],
         dv.reshape(B, -1, K, H)[:, :S, :, :Hv],
         sm80.bias_gradient(query, key, value, bias, mask, dout, lse, delta, scale=scale, soft_cap=soft_cap),
