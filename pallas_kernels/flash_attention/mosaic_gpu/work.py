@@ -2,9 +2,9 @@
 """Which multiprocessor does what: a persistent kernel, its work list, and the walk through it inside the kernel.
 
 An item is one row of tiles of one head of one batch element (or of the heads of a group, one after another). Its cost
-is the number of its live tiles, so causal rows differ by two orders of magnitude. Where costs are known while tracing
-they are dealt greedily, longest first, each to the multiprocessor with the least; where only the device knows them,
-sorted and dealt in snake order. Either way a few planes at a time, whose keys the L2 cache holds.
+goes by the number of its live tiles, so causal rows differ by two orders of magnitude. Where costs are known while
+tracing they are dealt greedily, longest first, each to the multiprocessor with the least; where only the device knows
+them, sorted and dealt in snake order. Either way a few planes at a time, whose keys the L2 cache holds.
 """
 
 import functools
@@ -158,13 +158,14 @@ def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int,
     A row without a live tile gets one that is hidden as a whole, so that every row has a first tile.
     """
     rows = _six(schedule)
-    live, heads = rows[..., 0], N // group
+    live, mixed, heads = rows[..., 0], rows[..., 1], N // group
     together = max(1, planes_in_cache)
+    # In halves of a full tile: a mixed one takes one and a half, and an item half of one beside its tiles.
+    costs: Any = 2 * live + mixed
     if isinstance(rows, np.ndarray):
-        row_costs: Any = group * live[0, 0]
-        items = _greedy(tuple(int(cost) for cost in row_costs), B * heads, num_sms, together)
+        items = _greedy(tuple(int(cost) + 1 for cost in group * costs[0, 0]), B * heads, num_sms, together)
     else:
-        costs = jnp.broadcast_to(live, (B, N, live.shape[-1])).reshape(B, heads, group, -1).sum(2)
+        costs = jnp.broadcast_to(costs, (B, N, costs.shape[-1])).reshape(B, heads, group, -1).sum(2) + 1
         items = _sorted(costs.reshape(B * heads, -1), num_sms, together)
     order = None if schedule.order is None else jnp.asarray(schedule.order)
     return Work(jnp.asarray(items), jnp.asarray(rows), order)
@@ -209,7 +210,7 @@ def _greedy(costs: tuple[int, ...], planes: int, num_sms: int, together: int) ->
     if len(set(costs)) == 1:
         return _rounds(np.arange(planes * rows, dtype=np.int32)[None], num_sms)
     starts = list(range(0, planes, together))
-    even, last = EVEN * planes * sum(cost + 1 for cost in costs) / num_sms, 1
+    even, last = EVEN * planes * sum(costs) / num_sms, 1
     lists, most = _deal(costs, [*starts, planes], num_sms)
     while most > even and last < len(starts):
         last *= 2
@@ -220,16 +221,16 @@ def _greedy(costs: tuple[int, ...], planes: int, num_sms: int, together: int) ->
     return items
 
 
-def _deal(costs: tuple[int, ...], bounds: list[int], num_sms: int) -> tuple[list[list[int]], float]:
+def _deal(costs: tuple[int, ...], bounds: list[int], num_sms: int) -> tuple[list[list[int]], int]:
     """The items of each multiprocessor, and the largest load; planes between two `bounds` are dealt together."""
     lists: list[list[int]] = [[] for _ in range(num_sms)]
-    load = [(0.0, sm) for sm in range(num_sms)]
+    load = [(0, sm) for sm in range(num_sms)]
     longest_first = sorted(range(len(costs)), key=lambda row: -costs[row])
     for start, end in itertools.pairwise(bounds):
         for row, plane in itertools.product(longest_first, range(start, end)):
             total, sm = heapq.heappop(load)
             lists[sm].append(plane * len(costs) + row)
-            heapq.heappush(load, (total + costs[row] + 1, sm))  # + 1: what an item costs apart from its tiles
+            heapq.heappush(load, (total + costs[row], sm))
     return lists, max(load)[0]
 
 
