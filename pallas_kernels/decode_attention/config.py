@@ -83,11 +83,13 @@ _SMEM_BYTES = {"sm80": 160 * 2**10, "sm90": 220 * 2**10}
 
 
 def _mosaic_gpu(call: Call, device: Device) -> MosaicGpuConfig:
-    """As many chunks in flight as two blocks of a multiprocessor have room for, and splits for two rounds of them."""
-    s, S = call.sizes, call.option("S")
+    """One block a multiprocessor, with as many chunks in flight as it has room for; where there are more sequences and
+    key heads than that, two blocks share one, and splits make up for what does not divide."""
+    s, S, num_sms = call.sizes, call.option("S"), device.num_cores or 132
     block_k, bytes_each = 64, 2 * 64 * (s["H"] + s["Hv"])
-    room = _SMEM_BYTES.get(device.arch or "", 96 * 2**10) // 2 - 8 * 2**10  # queries and weights take up to 8 KB
-    stages = max(2, min(6, room // bytes_each))
-    blocks = 4 * (device.num_cores or 132)
-    splits = max(1, min(-(-S // (2 * block_k)), blocks // (s["B"] * s["K"])))
-    return MosaicGpuConfig(block_k, stages, splits)
+    planes = s["B"] * s["K"]
+    alone = planes <= num_sms and num_sms % planes < num_sms // 10
+    splits = (num_sms if alone else 4 * num_sms) // planes
+    # Queries and weights take up to 8 KB.
+    room = _SMEM_BYTES.get(device.arch or "", 96 * 2**10) // (1 if alone else 2) - 8 * 2**10
+    return MosaicGpuConfig(block_k, max(2, min(6, room // bytes_each)), max(1, min(-(-S // (2 * block_k)), splits)))

@@ -11,7 +11,7 @@ few queries, R = T * G rows padded to a multiple of 16, are the narrow ones:
               O^T [Hv, R] = O^T exp2(m_before - m) + V^T P      P goes through shared memory, 1 KB
 
 With an asynchronous softmax nothing depends on a maximum: warps do not wait for each other's, and O^T is not rescaled.
-Splits leave O^T, m and the sum of exponentials; `_merge` adds them up in order.
+Splits leave O^T, m and the sum of exponentials; a second kernel, `_merge`, adds them up in order.
 
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Hong et al., "FlashDecoding++", 2023, section 3.
 """
@@ -75,14 +75,13 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `xla.forward`."""
     B, T, N, H = query.shape
-    K, Hv = cache.value.shape[2:]
+    K = cache.value.shape[2]
     G, C = N // K, config.block_k
     splits = num_splits or config.num_splits
     R = _padded_rows(T * G, H)
     # Row t * G + g of a key head is query t of its head g.
     rows = jnp.swapaxes(query.reshape(B, T, K, G, H), 1, 2).reshape(B, K, T * G, H)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
-    per_row: Any = functools.partial(_per_row, T=T, K=K, R=R)
     run = functools.partial(
         _splits,
         rows,
@@ -96,13 +95,15 @@ def forward(
         chunks=-(-cache.S // (C * splits)),
         config=config,
     )
-    lengths = jnp.broadcast_to(cache.lengths.astype(jnp.int32)[:, None], (B, K))
+    lengths = cache.lengths.astype(jnp.int32)[:, None]
+    recomputed = jnp.zeros(B, jnp.int32)
     if unified_max is None:
-        parts, bad = list(run(lengths, None, None)), jnp.zeros((B, K, R), bool)
+        parts = run(lengths, None, None)
     else:
-        phi = per_row(unified_max.per_head(N)) * LOG2E
+        phi = _per_row(unified_max.per_head(N), T, K, R) * LOG2E
         *parts, out_of_bounds = run(lengths, phi, (unified_max.low * LOG2E, unified_max.high * LOG2E))
         bad = jnp.any(out_of_bounds > 0, axis=2)
+        recomputed = jnp.sum(bad[..., : T * G], axis=(1, 2), dtype=jnp.int32)
         # Key heads without such a row have no keys the second time, and end at once.
         again = run(jnp.where(bad.any(-1), lengths, 0), None, None)
         which = bad[:, :, None]
@@ -111,13 +112,9 @@ def forward(
             for old, new in zip(parts, again, strict=True)
         ]
     acc, m, l = parts
-    out, lse = _merge(acc, m, l, None if sink is None else per_row(sink) * LOG2E)
-    if cache.value_scale is not None:
-        out = out * cache.value_scale.astype(jnp.float32)[:, None, None]
-    out = out[..., : T * G].reshape(B, K, Hv, T, G)
-    out = jnp.transpose(out, (0, 3, 1, 4, 2)).reshape(B, T, N, Hv).astype(query.dtype)
-    lse = jnp.swapaxes(lse[..., : T * G].reshape(B, K, T, G), 2, 3).reshape(B, N, T)
-    return out, lse, jnp.sum(bad[..., : T * G], axis=(1, 2), dtype=jnp.int32)
+    out, lse = _merge(acc, m, l, sink, cache.value_scale, T=T, G=G, dtype=query.dtype)
+    out = jnp.swapaxes(out.reshape(B, K, T, G, -1), 1, 2).reshape(B, T, N, -1)
+    return out, jnp.swapaxes(lse.reshape(B, K, T, G), 2, 3).reshape(B, N, T), recomputed
 
 
 def _padded_rows(rows: int, H: int) -> int:
@@ -134,18 +131,72 @@ def _per_row(per_head: jax.Array, T: int, K: int, R: int) -> jax.Array:
     return jnp.pad(rows, ((0, 0), (0, R - rows.shape[1])))
 
 
-def _merge(acc: jax.Array, m: jax.Array, l: jax.Array, sink: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Output [B, K, Hv, R] and LSE [B, K, R] of splits: O^T [B, K, splits, Hv, R], and in base 2 the maximum and the
-    sum of exponentials [B, K, splits, R]."""
-    most = jnp.max(m, axis=2)
-    most = most if sink is None else jnp.maximum(most, sink)
-    shift = jnp.where(jnp.isneginf(most), 0, most)
-    weights = jnp.exp2(m - shift[:, :, None])
-    total = jnp.sum(l * weights, axis=2) + (0 if sink is None else jnp.exp2(sink - shift))
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    out = jnp.sum(acc * weights[:, :, :, None], axis=2) / total[:, :, None]
-    return out, jnp.where(empty, -jnp.inf, (shift + jnp.log2(total)) / LOG2E)
+def _merge(
+    acc: jax.Array,
+    m: jax.Array,
+    l: jax.Array,
+    sink: jax.Array | None,
+    value_scale: jax.Array | None,
+    *,
+    T: int,
+    G: int,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, K, T * G, Hv] and LSE [B, K, T * G], a block for each row, of splits in order.
+
+    Args:
+      acc: O^T of splits [B, K, splits, Hv, R].
+      m, l: in base 2 the maximum and the sum of exponentials [B, K, splits, R].
+    """
+    B, K, splits, Hv, _ = acc.shape
+    layout: Any = plgpu.Layout.WG_STRIDED((Hv,), vec_size=1)
+    options = {name: x for name, x in (("sink", sink), ("value_scale", value_scale)) if x is not None}
+
+    def kernel(acc_gmem, m_gmem, l_gmem, *refs):
+        option, (out_gmem, lse_gmem) = dict(zip(options, refs, strict=False)), refs[len(options) :]
+        block = lax.axis_index("block")
+        b, head, row = block // (K * T * G), block // (T * G) % K, lax.rem(block, T * G)
+        logit_of_sink = option["sink"][head * G + lax.rem(row, G)] * LOG2E if "sink" in option else -jnp.inf
+
+        def for_each_split(do: Any, carry: Any) -> Any:
+            """carry = do(split, whether it is one, carry); what several splits load is in flight together."""
+            at_once = min(8, splits)
+
+            def some(i, carry):
+                for s in range(at_once):
+                    split = i * at_once + s
+                    carry = do(jnp.minimum(split, splits - 1), split < splits, carry)
+                return carry
+
+            return lax.fori_loop(0, -(-splits // at_once), some, carry)
+
+        most = for_each_split(lambda s, _, most: jnp.maximum(most, m_gmem[b, head, s, row]), jnp.float32(logit_of_sink))
+        shift = jnp.where(most == -jnp.inf, 0.0, most)
+
+        def add(split, there, carry):
+            total, out = carry
+            weight = jnp.where(there, jnp.exp2(m_gmem[b, head, split, row] - shift), 0.0)
+            x = plgpu.load(acc_gmem.at[b, head, split, :, row], layout=layout, optimized=False)
+            return total + l_gmem[b, head, split, row] * weight, out + x * weight
+
+        nothing = plgpu.layout_cast(jnp.zeros((Hv,), jnp.float32), layout)
+        total, out = for_each_split(add, (jnp.exp2(logit_of_sink - shift), nothing))
+        worth = 1 / jnp.where(total == 0, 1.0, total)
+        if "value_scale" in option:
+            worth = worth * option["value_scale"][head]
+        store(out_gmem.at[b, head, row], (out * worth).astype(dtype))
+        lse_gmem[b, head, row] = jnp.where(total == 0, -jnp.inf, (shift + jnp.log2(total)) / LOG2E)
+
+    kernel.__name__ = "decode_attention_merge"
+    shape = B, K, T * G
+    return plgpu.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct((*shape, Hv), dtype), jax.ShapeDtypeStruct(shape, jnp.float32)),
+        grid=(B * K * T * G,),
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **cost_option(flops=2 * acc.size, transcendentals=m.size, bytes_accessed=4 * acc.size),
+    )(acc, m, l, *(x.astype(jnp.float32) for x in options.values()))
 
 
 def _splits(
@@ -168,11 +219,12 @@ def _splits(
 
     Args:
       rows: queries [B, K, R, H].
-      lengths: int32 [B, K].
+      lengths: int32 [B, K], or [B, 1].
       phi: of an asynchronous softmax, in base 2, [K, R]; `bounds` likewise. None asks for the online one.
     """
     B, K, R, H = rows.shape
-    Hv, C, stages, dtype, copies = cache.value.shape[3], config.block_k, config.stages, rows.dtype, copies_of_device()
+    Hv = cache.value.shape[3]
+    C, stages, dtype, copies = config.block_k, config.stages, rows.dtype, copies_of_device()
     paged = cache.page_table is not None
     page = cache.key.shape[1] if paged else C
     pieces = max(1, C // page)  # copies of a chunk
@@ -197,7 +249,7 @@ def _splits(
         table = option.get("table")
         block = lax.axis_index("block")
         b, head, split = block // (K * splits), block // splits % K, block % splits
-        length = lengths_gmem[b, head]
+        length = lengths_gmem[b, 0 if lengths.shape[1] == 1 else head]
         # Chunks that some query of this split sees.
         oldest = 0 if window is None else jnp.maximum(length - T + 1 - window, 0) // C
         first = jnp.maximum(split * chunks, oldest)
