@@ -102,7 +102,7 @@ class Shape:
     @property
     def large(self) -> bool:
         """Too large for a test on a CPU: for benchmarks only."""
-        return self.B * self.S * self.K * self.H > 2**22
+        return self.B * self.S * self.K * self.H > 2**20
 
 
 def _all(**options: Any) -> tuple[tuple[str, Any], ...]:
