@@ -55,6 +55,8 @@ def supports(call: Call, device: Device) -> Refusal | None:
         return Refusal(f"head dims H={s['H']}, Hv={s['Hv']}; it takes multiples of 16 and of 64, up to 256")
     if (page := s.get("page")) and (page % 8 or (page < 64 and 64 % page) or (page > 64 and page % 64)):
         return Refusal(f"pages of {page} keys; it takes 8, 16, 32 and multiples of 64")
+    if page and device.arch != "sm90" and any(page // 8 * (2 * h // swizzle_bytes(h)) % 4 for h in (s["H"], s["Hv"])):
+        return Refusal(f"pages of {page} keys; four warps of {device.arch} copy them together, which takes 32 or more")
     multiple = 8 if device.arch == "sm90" or page else 64  # what copies of a ragged tail leave alone
     if call.option("S") % multiple:
         return Refusal(f"a cache of S={call.option('S')} keys; it takes multiples of {multiple} on {device.arch}")
@@ -149,7 +151,7 @@ def _merge(
       m, l: in base 2 the maximum and the sum of exponentials [B, K, splits, R].
     """
     B, K, splits, Hv, _ = acc.shape
-    layout: Any = plgpu.Layout.WG_STRIDED((Hv,), vec_size=1)
+    layout: Any = plgpu.Layout.MMA_ACC(dtype).reduce(1)  # takes any multiple of 64
     options = {name: x for name, x in (("sink", sink), ("value_scale", value_scale)) if x is not None}
 
     def kernel(acc_gmem, m_gmem, l_gmem, *refs):

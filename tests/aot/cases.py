@@ -116,7 +116,7 @@ def _decode_attention(shape: str, compiling: Compiling):
     return jax.jit(lambda *arrays: decode_attention(**fill(arrays), implementation="mosaic_gpu")), arrays
 
 
-_DECODE = ("batch_1_2k", "batch_64_8k", "batch_8_8k_page_16", "drafted_4_8k", "asynchronous_8k")
+_DECODE = ("paged_window_sink", "batch_1_2k", "batch_64_8k", "batch_8_8k_page_16", "drafted_4_8k", "asynchronous_8k")
 
 
 def _flash_attention_tpu_window(compiling: Compiling):

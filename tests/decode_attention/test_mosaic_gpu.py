@@ -122,6 +122,7 @@ def test_types_inside_shard_map():
             HOPPER,
             "pages of 24 keys; it takes 8, 16, 32 and multiples of 64",
         ),
+        (SHAPES["paged_16"], "bfloat16", AMPERE, "pages of 16 keys; four warps of sm80 copy them together"),
         (SHAPES["int8_160"], "bfloat16", HOPPER, "it reads caches of the query's dtype, not of int8"),
         (Shape(1, 64, 70, 1, 64), "bfloat16", HOPPER, "T * N / K = 70 rows share a key, and it has room for 64"),
     ],
