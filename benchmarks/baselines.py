@@ -154,7 +154,7 @@ def jax_xla(arguments: Arguments, direction: str) -> list[Candidate]:
 
 def cudnn(arguments: Arguments, direction: str) -> list[Candidate]:
     """jax.nn.dot_product_attention by cuDNN, which skips what its own causal mask and window hide."""
-    _only_cudnn(arguments)
+    _only_cudnn(arguments, "mask", "bias", "scale")
     flags = _flags(arguments)
     if flags is None:
         raise Unavailable("has no flag for this mask; cudnn_masked takes it as an array")
@@ -165,7 +165,7 @@ def cudnn(arguments: Arguments, direction: str) -> list[Candidate]:
 
 def cudnn_masked(arguments: Arguments, direction: str) -> list[Candidate]:
     """The same with the mask as a dense array, which it takes for any mask and adds to the logits."""
-    _only_cudnn(arguments)
+    _only_cudnn(arguments, "mask", "bias", "scale")
     if arguments.get("mask") is None:
         raise Unavailable("the call has no mask")
     candidates = [_attend_by(jax.nn.dot_product_attention, arguments, None, implementation="cudnn")]
@@ -178,8 +178,8 @@ def cudnn_masked(arguments: Arguments, direction: str) -> list[Candidate]:
     return candidates
 
 
-def _only_cudnn(arguments: Arguments) -> None:
-    _only(arguments, "mask", "bias", "scale")
+def _only_cudnn(arguments: Arguments, *names: str) -> None:
+    _only(arguments, *names)
     if device.current().platform != "gpu":
         raise Unavailable("cuDNN needs an NVIDIA GPU")
     _only_half(arguments)
@@ -188,11 +188,7 @@ def _only_cudnn(arguments: Arguments) -> None:
 
 def cudnn_decode(arguments: Arguments, direction: str) -> list[Candidate]:
     """jax.nn.dot_product_attention by cuDNN with the lengths of dense caches."""
-    _only(arguments, "lengths", "scale")
-    if device.current().platform != "gpu":
-        raise Unavailable("cuDNN needs an NVIDIA GPU")
-    _only_half(arguments)
-    _only_one_head_dim(arguments, 256)
+    _only_cudnn(arguments, "lengths", "scale")
     if arguments["query"].ndim != 3:
         raise Unavailable("masks drafted tokens as if they came first")
 
