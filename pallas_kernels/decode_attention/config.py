@@ -71,7 +71,8 @@ def search_space(call: Call, device: Device, implementation: str) -> Iterator[Co
         best = _mosaic_gpu(call, device)
         for factor in (1, 2, 4):
             for block_k in (64, 128):
-                yield MosaicGpuConfig(block_k, 3, max(1, best.num_splits // 2 * factor))
+                stages = max(2, best.stages * best.block_k // block_k)  # as many bytes in flight
+                yield MosaicGpuConfig(block_k, stages, max(1, best.num_splits // 2 * factor))
         return
     for block_k in (64, 256, 1024, 4096, 16384):
         if block_k < 2 * call.option("S"):
