@@ -100,6 +100,8 @@ def describe(
     transpose_w: bool = False,
 ) -> Call:
     """Checks the arguments of `flat_gemm` and puts them in the words of dispatch."""
+    if not isinstance(transpose_w, bool):
+        raise TypeError(f"{OP}: transpose_w must be True or False, got {transpose_w!r}.")
     axes = Axes(OP)
     if x.ndim < 2:
         axes.fail("x", "[..., M, K]", x.shape)
@@ -108,8 +110,6 @@ def describe(
     weight_letters = "N K" if transpose_w else "K N"
     axes.bind("w", w.shape, weight_letters)
     axes.check_not_empty()
-    if not isinstance(transpose_w, bool):
-        raise TypeError(f"{OP}: transpose_w must be True or False, got {transpose_w!r}.")
     if activation not in ACTIVATIONS:
         known = ", ".join(f'"{name}"' for name in ACTIVATIONS if name)
         raise ValueError(f"{OP}: activation must be one of {known} or None, got {activation!r}.")
