@@ -47,6 +47,9 @@ class Tma:
 
     def store(self, x: jax.Array, smem: Ref, gmem: Ref) -> None:
         smem[...] = x.astype(smem.dtype)
+        self.send(smem, gmem)
+
+    def send(self, smem: Ref, gmem: Ref) -> None:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem, gmem)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -69,8 +72,11 @@ class CpAsync:
         pl.when(jnp.logical_not(full))(lambda: plgpu.wait_gmem_to_smem(0))
 
     def store(self, x: jax.Array, smem: Ref, gmem: Ref) -> None:
-        # The accumulator's layout does not write whole sectors; 16 adjacent bytes a thread do.
         smem[...] = x.astype(smem.dtype)
+        self.send(smem, gmem)
+
+    def send(self, smem: Ref, gmem: Ref) -> None:
+        # An accumulator's layout does not write whole sectors; 16 adjacent bytes a thread do.
         layout = plgpu.Layout.SMEM_GMEM_COPY(smem.shape, smem.dtype, swizzle=swizzle_bytes(smem.shape[-1]))
         store(gmem, plgpu.load(smem, layout=layout))
 

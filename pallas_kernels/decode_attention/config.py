@@ -31,19 +31,24 @@ class MosaicGpuConfig:
       block_k: keys of a chunk.
       stages: how many chunks of keys, and of values, shared memory holds.
       num_splits: in how many pieces the keys of a sequence are cut, if the call does not say.
+      cluster: so many splits, or fewer, are one cluster on Hopper and need no second kernel to add them up.
     """
 
     block_k: int = 64
     stages: int = 3
     num_splits: int = 1
+    cluster: int = 16
 
     def __post_init__(self):
         rules = {"block_k": (64, 128, 256), "stages": (2, 3, 4, 5, 6)}
         for name, allowed in rules.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"MosaicGpuConfig.{name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        if not isinstance(self.num_splits, int) or self.num_splits < 1:
-            raise ValueError(f"MosaicGpuConfig.num_splits must be an integer >= 1, got {self.num_splits!r}.")
+        for name in ("num_splits", "cluster"):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"MosaicGpuConfig.{name} must be an integer >= 1, got {value!r}.")
+        if self.cluster > 16:
+            raise ValueError(f"MosaicGpuConfig.cluster must be 16 or less, as Hopper's are, got {self.cluster}.")
 
 
 Config = XlaConfig | MosaicGpuConfig

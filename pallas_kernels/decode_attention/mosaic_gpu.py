@@ -11,7 +11,9 @@ few queries, R = T * G rows padded to a multiple of 16, are the narrow ones:
               O^T [Hv, R] = O^T exp2(m_before - m) + V^T P      P goes through shared memory, 1 KB
 
 With an asynchronous softmax nothing depends on a maximum: warps do not wait for each other's, and O^T is not rescaled.
-Splits leave O^T, m and the sum of exponentials; a second kernel, `_merge`, adds them up in order.
+A split in which a logit is out of bounds does its keys again, with the online softmax.
+Splits leave O^T, m and the sum of exponentials, and are added up in order. On Hopper they are a cluster, and each adds
+up a part of the output out of the shared memory of all; elsewhere, or if they are many, a second kernel does: `_merge`.
 
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Hong et al., "FlashDecoding++", 2023, section 3.
 """
@@ -26,6 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.core import cluster
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, product, store, swizzle_bytes, tile_memory
@@ -83,13 +86,19 @@ def forward(
     R = _padded_rows(T * G, H)
     # Row t * G + g of a key head is query t of its head g.
     rows = jnp.swapaxes(query.reshape(B, T, K, G, H), 1, 2).reshape(B, K, T * G, H)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
-    run = functools.partial(
-        _splits,
+    phi = bounds = None
+    if unified_max is not None:
+        phi = _per_row(unified_max.per_head(N), T, K, R) * LOG2E
+        bounds = unified_max.low * LOG2E, unified_max.high * LOG2E
+    parts = _splits(
         rows,
         cache,
+        None if sink is None else _per_row(sink, T, K, R) * LOG2E,
+        phi,
+        bounds,
         T=T,
         G=G,
+        R=R,
         base=LOG2E * scale,
         soft_cap=soft_cap,
         window=window,
@@ -97,26 +106,16 @@ def forward(
         chunks=-(-cache.S // (C * splits)),
         config=config,
     )
-    lengths = cache.lengths.astype(jnp.int32)[:, None]
     recomputed = jnp.zeros(B, jnp.int32)
-    if unified_max is None:
-        parts = run(lengths, None, None)
-    else:
-        phi = _per_row(unified_max.per_head(N), T, K, R) * LOG2E
-        *parts, out_of_bounds = run(lengths, phi, (unified_max.low * LOG2E, unified_max.high * LOG2E))
+    if unified_max is not None:
+        *parts, out_of_bounds = parts
         bad = jnp.any(out_of_bounds > 0, axis=2)
         recomputed = jnp.sum(bad[..., : T * G], axis=(1, 2), dtype=jnp.int32)
-        # Key heads without such a row have no keys the second time, and end at once.
-        again = run(jnp.where(bad.any(-1), lengths, 0), None, None)
-        which = bad[:, :, None]
-        parts = [
-            jnp.where(which[:, :, :, None] if new.ndim == 5 else which, new, old)
-            for old, new in zip(parts, again, strict=True)
-        ]
-    acc, m, l = parts
-    out, lse = _merge(acc, m, l, sink, cache.value_scale, T=T, G=G, dtype=query.dtype)
-    out = jnp.swapaxes(out.reshape(B, K, T, G, -1), 1, 2).reshape(B, T, N, -1)
-    return out, jnp.swapaxes(lse.reshape(B, K, T, G), 2, 3).reshape(B, N, T), recomputed
+    if len(parts) == 3:
+        parts = _merge(*parts, sink, cache.value_scale, T=T, G=G, dtype=query.dtype)
+    out, lse = parts
+    out = jnp.swapaxes(out[:, :, : T * G].reshape(B, K, T, G, -1), 1, 2).reshape(B, T, N, -1)
+    return out, jnp.swapaxes(lse[..., : T * G].reshape(B, K, T, G), 2, 3).reshape(B, N, T), recomputed
 
 
 def _padded_rows(rows: int, H: int) -> int:
@@ -204,36 +203,46 @@ def _merge(
 def _splits(
     rows: jax.Array,
     cache: Cache,
-    lengths: jax.Array,
+    sink: jax.Array | None,
     phi: jax.Array | None,
     bounds: tuple[float, float] | None,
     *,
     T: int,
     G: int,
+    R: int,
     base: float,
     soft_cap: float | None,
     window: int | None,
     splits: int,
     chunks: int,
     config: MosaicGpuConfig,
-) -> tuple[jax.Array, ...]:
-    """What each split of `chunks` chunks adds up: O^T, m and l as `_merge` wants them, and rows out of bounds.
+) -> list[jax.Array]:
+    """Attention of splits of `chunks` chunks.
 
     Args:
-      rows: queries [B, K, R, H].
-      lengths: int32 [B, K], or [B, 1].
+      rows: queries [B, K, T * G, H], of which the kernel makes R.
+      sink: in base 2, [K, R].
       phi: of an asynchronous softmax, in base 2, [K, R]; `bounds` likewise. None asks for the online one.
+
+    Returns:
+      Output [B, K, T * G or more, Hv] and LSE [B, K, R]; or, if the splits of a head are not one cluster, O^T, m and l
+      as `_merge` wants them. Then, of an asynchronous softmax, which rows were out of bounds, [B, K, splits, R].
     """
-    B, K, R, H = rows.shape
+    B, K, _, H = rows.shape
     Hv = cache.value.shape[3]
     C, stages, dtype, copies = config.block_k, config.stages, rows.dtype, copies_of_device()
+    whole = copies.fill and splits <= config.cluster  # the splits of a head are one cluster, or there is one
+    few = copies.fill and T * G < R == 16  # queries that need no padding
+    if not few:
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
     paged = cache.page_table is not None
     page = cache.key.shape[1] if paged else C
     pieces = max(1, C // page)  # copies of a chunk
-    acc_layout, left = plgpu.Layout.MMA_ACC(dtype), plgpu.Layout.MMA_LHS(dtype)
+    acc_layout, left, right = plgpu.Layout.MMA_ACC(dtype), plgpu.Layout.MMA_LHS(dtype), plgpu.Layout.MMA_RHS(dtype)
     arrays = [x.reshape(*x.shape[:2], -1) for x in (cache.key, cache.value)]
-    operands = [rows, lengths, *arrays]
+    operands = [rows, cache.lengths.astype(jnp.int32), *arrays]
     options = {"table": cache.page_table, "key_scale": cache.key_scale, "phi": phi}
+    options |= {"sink": sink, "value_scale": cache.value_scale} if whole else {}
     given = {name: x for name, x in options.items() if x is not None}
     operands += [x.astype(jnp.int32 if name == "table" else jnp.float32) for name, x in given.items()]
 
@@ -244,14 +253,15 @@ def _splits(
         """One number a query, [R], the same for each row of a tile."""
         return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (1,)), acc_layout)
 
-    def kernel(*refs, q, k, v, p, arrived=None, q_arrived=None):
+    def kernel(*refs, q, k, v, p, arrived=None, q_arrived=None, acc_smem=None, m_smem=None, l_smem=None, out_smem=None):
         rows_gmem, lengths_gmem, key_gmem, value_gmem, *more = refs[: len(operands)]
-        acc_gmem, m_gmem, l_gmem, *bad_gmem = refs[len(operands) :]
+        outputs = list(refs[len(operands) :])
+        bad_gmem = None if phi is None else outputs.pop()
         option = dict(zip(given, more, strict=True))
         table = option.get("table")
-        block = lax.axis_index("block")
-        b, head, split = block // (K * splits), block // splits % K, block % splits
-        length = lengths_gmem[b, 0 if lengths.shape[1] == 1 else head]
+        block, split = lax.axis_index("block"), lax.axis_index("split")
+        b, head = block // K, lax.rem(block, K)
+        length = lengths_gmem[b]
         # Chunks that some query of this split sees.
         oldest = 0 if window is None else jnp.maximum(length - T + 1 - window, 0) // C
         first = jnp.maximum(split * chunks, oldest)
@@ -273,10 +283,20 @@ def _splits(
             for piece in range(pieces)
         ]
         ring = Ring(copies, stages, parts, arrived)
-        copies.start(rows_gmem.at[b, head], q, q_arrived)
-        for step in range(stages - 1):
-            ring.start(step, live)
+
+        def start() -> None:
+            for step in range(stages - 1):
+                ring.start(step, live)
+
+        copies.start(rows_gmem.at[b, head], q.at[pl.ds(0, rows.shape[2])], q_arrived)
+        start()
         copies.wait(q_arrived, 0, live < 0)
+        # 16 queries stay in registers, [64, R] of them a slice of H.
+        held = [
+            plgpu.load(q.at[:, pl.ds(d, min(64, H - d))].transpose((1, 0)), layout=right, optimized=not few)
+            for d in range(0, H, 64)
+            if R == 16
+        ]
         unit = base * option["key_scale"][head] if "key_scale" in option else base
         constant = None
         if phi is not None:
@@ -284,7 +304,12 @@ def _splits(
 
         def logits(slot: Any) -> jax.Array:
             """S^T = K Q^T in base 2."""
-            x = product(zeros(C, R), k.at[slot], q)
+            x = zeros(C, R)
+            for i, queries in enumerate(held):
+                keys = plgpu.load(k.at[slot, :, pl.ds(64 * i, queries.shape[0])], layout=left)
+                x = plgpu.mma(x, keys, queries)
+            if not held:
+                x = product(x, k.at[slot], q)
             if soft_cap is None:
                 return x * unit
             # tanh(y) = 1 - 2 / (1 + exp(2 y)); the hardware's own tanh has 11 bits only.
@@ -309,50 +334,120 @@ def _splits(
                 lambda: x,
             )
 
-        def chunk(step: Any, carry: tuple) -> tuple:
+        def chunk(asynchronous: bool, step: Any, carry: tuple) -> tuple:
             acc, m, l, bad = carry
             ring.start(step + stages - 1, live)
             slot, first_key = lax.rem(step, stages), (first + step) * C
             ring.wait(step, len(parts) * (stages - 1), step + stages - 1 < live)
             x, seen = logits(slot), visible(first_key)
-            if bounds is None:
+            if asynchronous:
+                assert bounds is not None
+                x = x - along_keys(m, (C, R))  # m is phi
+                bad = jnp.where(seen & ((x <= bounds[0]) | (x >= bounds[1])), 1.0, bad)
+                weights = jnp.where(seen, jnp.exp2(x), 0.0)
+            else:
                 x = jnp.where(seen, x, -jnp.inf)
                 m_before, m = m, jnp.maximum(m, jnp.max(x, axis=0))
                 shift = jnp.where(m == -jnp.inf, 0.0, m)  # a query that has seen no key yet
                 alpha = jnp.exp2(m_before - shift)
                 weights = jnp.exp2(x - along_keys(shift, (C, R)))
                 l, acc = l * along_keys(alpha, (C, R)), acc * along_keys(alpha, (Hv, R))
-            else:
-                x = x - along_keys(m, (C, R))  # m is phi
-                bad = jnp.where(seen & ((x <= bounds[0]) | (x >= bounds[1])), 1.0, bad)
-                weights = jnp.where(seen, jnp.exp2(x), 0.0)
             p[...] = weights.astype(dtype)
-            acc = plgpu.mma(acc, values_of(slot, first_key), plgpu.load(p, layout=plgpu.Layout.MMA_RHS(dtype)))
+            acc = plgpu.mma(acc, values_of(slot, first_key), plgpu.load(p, layout=right))
             return acc, m, l + weights, bad  # l and bad of each key of a chunk apart, put together at the end
 
-        nothing = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), acc_layout.reduce(0))
-        carry = zeros(Hv, R), nothing if constant is None else constant, zeros(C, R), zeros(C, R)
-        acc, m, l, bad = lax.fori_loop(0, live, chunk, carry)
-        results = [(acc_gmem, acc), (m_gmem, m), (l_gmem, jnp.sum(l, axis=0))]
-        results += [(gmem, jnp.max(bad, axis=0)) for gmem in bad_gmem]
-        for gmem, x in results:
-            store(gmem.at[b, head, split], x)
+        def attend(m: jax.Array | None) -> tuple:
+            """O^T, m, l and which rows are out of bounds, of this split; `m` is phi, or None for the online softmax."""
+            nothing = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), acc_layout.reduce(0))
+            carry = zeros(Hv, R), nothing if m is None else m, zeros(C, R), zeros(C, R)
+            acc, m, l, bad = lax.fori_loop(0, live, functools.partial(chunk, m is not None), carry)
+            return acc, m, jnp.sum(l, axis=0), jnp.max(bad, axis=0)
+
+        acc, m, l, bad = attend(constant)
+        if bad_gmem is not None:
+            store(bad_gmem.at[b, head, split], bad)
+
+            def again() -> tuple:
+                start()
+                return attend(None)[:3]
+
+            # Queries that only fill the tile may be out of bounds, too, and do no harm.
+            acc, m, l = lax.cond(jnp.max(bad) > 0, again, lambda: (acc, m, l))
+        if not whole:
+            for gmem, x in zip(outputs, (acc, m, l), strict=True):
+                store(gmem.at[b, head, split], x)
+            return
+
+        # A split of the cluster adds up tiles [64 of Hv, 8 queries] out of the shared memory of all.
+        acc_smem[...], m_smem[...], l_smem[...] = acc, m, l
+        if splits > 1:
+            cluster.sync()
+        out_gmem, lse_gmem = outputs
+        columns = acc_layout.reduce(0)
+
+        def of_split(peer: int, smem: Ref, layout: Any) -> jax.Array:
+            if splits == 1:
+                return plgpu.load(smem, layout=layout, optimized=False)
+            return cluster.load(smem, peer, layout)
+
+        def add_up(h: Any, r: Any) -> None:
+            queries = pl.ds(r, 8)
+            ms = [of_split(i, m_smem.at[queries], columns) for i in range(splits)]
+            most = functools.reduce(jnp.maximum, ms)
+            logit_of_sink = None
+            if "sink" in option:
+                logit_of_sink = plgpu.load(option["sink"].at[head, queries], layout=columns, optimized=False)
+                most = jnp.maximum(most, logit_of_sink)
+            shift = jnp.where(most == -jnp.inf, 0.0, most)
+            out = zeros(64, 8)
+            total = jnp.zeros_like(shift) if logit_of_sink is None else jnp.exp2(logit_of_sink - shift)
+            for i, m in enumerate(ms):
+                weight = jnp.exp2(m - shift)
+                total = total + weight * of_split(i, l_smem.at[queries], columns)
+                x = of_split(i, acc_smem.at[pl.ds(h, 64), queries], acc_layout)
+                out = out + x * along_keys(weight, (64, 8))
+            worth = 1 / jnp.where(total == 0, 1.0, total)
+            if "value_scale" in option:
+                worth = worth * option["value_scale"][head]
+            out_smem.transpose((1, 0))[...] = (out * along_keys(worth, (64, 8))).astype(dtype)
+            used = min(8, T * G)
+            copies.send(out_smem.at[pl.ds(0, used)], out_gmem.at[b, head, pl.ds(r, used), pl.ds(h, 64)])
+            lse = jnp.where(total == 0, -jnp.inf, (shift + jnp.log2(total)) / LOG2E)
+            pl.when(h == 0)(lambda: store(lse_gmem.at[b, head, queries], lse))
+
+        tiles_of_rows = -(-T * G // 8)
+        tiles = Hv // 64 * tiles_of_rows
+        for i in range(-(-tiles // splits)):
+            tile = split + i * splits
+            h, r = tile // tiles_of_rows * 64, lax.rem(tile, tiles_of_rows) * 8
+            pl.when(tile < tiles)(functools.partial(add_up, h, r))
+        if splits > 1:
+            cluster.sync()
 
     kernel.__name__ = "decode_attention"
     sums = jax.ShapeDtypeStruct((B, K, splits, R), jnp.float32)
     scratch = {
-        "q": tile_memory(R, H, dtype=dtype),
+        "q": plgpu.SMEM((R, H), dtype) if few else tile_memory(R, H, dtype=dtype),
         "k": tile_memory(stages, C, H, dtype=dtype),
         "v": tile_memory(stages, C, Hv, dtype=dtype),
         "p": tile_memory(C, R, dtype=dtype),
         "arrived": copies.barrier(2 * pieces, stages),
         "q_arrived": copies.barrier(1),
     }
+    if whole:
+        scratch |= {"acc_smem": plgpu.SMEM((Hv, R), jnp.float32), "out_smem": plgpu.SMEM((8, 64), dtype)}
+        scratch |= {"m_smem": plgpu.SMEM((R,), jnp.float32), "l_smem": plgpu.SMEM((R,), jnp.float32)}
+        written = T * G if T * G < 8 else T * G + -(T * G) % 8  # in tiles of 8, or one that is smaller
+        results = [jax.ShapeDtypeStruct((B, K, written, Hv), dtype), jax.ShapeDtypeStruct((B, K, R), jnp.float32)]
+    else:
+        results = [jax.ShapeDtypeStruct((B, K, splits, Hv, R), jnp.float32), sums, sums]
+    grid = {"grid": (B * K, splits), "grid_names": ("block", "split")}
+    if whole:
+        grid = {"grid": (B * K,), "grid_names": ("block",), "cluster": (splits,), "cluster_names": ("split",)}
     return plgpu.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct((B, K, splits, Hv, R), jnp.float32), *[sums] * (2 if phi is None else 3)),
-        grid=(B * K * splits,),
-        grid_names=("block",),
+        out_type=(*results, *[sums] * (phi is not None)),
+        **grid,
         scratch_types={name: memory for name, memory in scratch.items() if memory is not None},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         # Every sequence full.

@@ -26,7 +26,7 @@ from pallas_kernels.core.dispatch import Call
 
 # Kernels take so many rows; beyond there is C alone.
 MOST_ROWS = 256
-_ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
+ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def choose(call: Call, device: Device) -> Route:
     if measured:
         n, k = min(measured, key=lambda at: math.hypot(math.log(at[0] / N), math.log(at[1] / K)))
         crossings, source = measured[n, k], f"measured at N={n} K={k}"
-    elif device.arch in _ARCHS:
+    elif device.arch in ARCHS:
         crossings, source = Crossings(8, 65), "not measured on this device"
     else:
         return Route("C", "B", "route C: not measured on this device")

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""flat_gemm for NVIDIA GPUs from Ampere on: the weight is read once, and reading it is all the time there is.
+
+A block takes a strip of output features and walks along K. Tiles of the weight run ahead through a ring in shared
+memory, so that enough bytes are in flight; the rows of x, which all blocks read, come along with them out of L2.
+
+    copies     W0 X0   W1 X1   W2 X2 ...          a ring of `stages` slots
+    route A    z[m, n] += w[n, k] x[m, k]         in registers, an element of the tile each; summed over k at the end
+    route B    Z^T [n, M] += W [n, k] X^T [k, M]  the weight is the wide operand (64 rows), M is padded to 8, not to 64
+
+Route B runs on wgmma on Hopper and on mma.sync elsewhere, and for fewer than 8 rows, which need no padding there.
+Where the strips are fewer than the multiprocessors, `num_splits` blocks of a cluster share one (an extension: the paper
+does not cut K), and the first of them adds up what the others leave in their shared memory.
+
+Source: Hong et al., "FlashDecoding++", 2023, sections 4 and 5.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core import cluster
+from pallas_kernels.core.device import Device
+from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, store, swizzle_bytes, tile_memory
+from pallas_kernels.flat_gemm.config import Config, VectorConfig
+from pallas_kernels.flat_gemm.routes import ARCHS, MOST_ROWS
+
+Ref = Any
+WIDE = 64  # rows of the wide operand of a product
+
+
+def supports(call: Call, device: Device) -> Refusal | None:
+    if device.platform != "gpu" or device.arch not in ARCHS:
+        return Refusal(f"it is for NVIDIA GPUs of Ampere, Ada and Hopper, and this is {device}")
+    s, dtype, hopper = call.sizes, call.arguments[0].dtype, device.arch == "sm90"
+    if dtype not in ("bfloat16", "float16"):
+        return Refusal(f"its tensor-core products take bfloat16 and float16, not {dtype}; cast the inputs")
+    if s["M"] > (most := MOST_ROWS if hopper else 64):
+        return Refusal(f"M={s['M']} rows; it takes {most}, and for more the library's product is as fast")
+    multiple = 8 if hopper else 128  # what copies of a ragged tail leave alone
+    if s["K"] % multiple or s["O"] % multiple:
+        return Refusal(f"K={s['K']} and O={s['O']} features; it takes multiples of {multiple} on {device.arch}")
+    return None
+
+
+def forward(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    *,
+    activation: str | None,
+    transpose_w: bool,
+    config: Config,
+) -> jax.Array:
+    """[M, O] in the dtype of x, of x [M, K] and w [K, N] ([N, K])."""
+    (M, K), hopper = x.shape, copies_of_device().fill
+    if not hopper and K % config.block_k:
+        raise ValueError(f"flat_gemm: on Ampere K={K} must be a multiple of block_k, got {config}.")
+    if isinstance(config, VectorConfig):
+        if not transpose_w:
+            raise ValueError(f"flat_gemm: route A takes a weight [N, K] (transpose_w=True), got [K, N] and {config}.")
+        route: type[_Route] = _Vectors
+    else:
+        route = _Wgmma if hopper and M >= 8 else _Mma
+        # Four warps copy as many tiles of 8 rows and 64 inputs each by cp.async.
+        multiple = 8 if hopper else max(8, 4 * 8 * 64 // config.block_k)
+        if not (hopper and M < 8):
+            x, residual = (None if a is None else jnp.pad(a, ((0, -M % multiple), (0, 0))) for a in (x, residual))
+            assert x is not None
+    parts = 2 if activation == "swiglu" else 1  # gate and up
+    if bias is not None:
+        bias = bias.reshape(parts, -1)
+        bias = jnp.pad(bias, ((0, 0), (0, -bias.shape[1] % config.block_n)))
+    splits = getattr(config, "num_splits", 1)
+    at = route(len(x), config.block_n, config.block_k, parts, x.dtype, transpose_w)
+    return _strips(at, x, w, bias, residual, activation=activation, stages=config.stages, splits=splits)[:M]
+
+
+# --- What a block adds up ------------------------------------------------------------------------------------
+
+
+class _Route(NamedTuple):
+    """How a block multiplies. n features and k inputs of a tile of the weight [parts, n, k] ([parts, k, n]); what comes
+    out are, for each part, tiles in float32 that `view` finds the place of."""
+
+    M: int
+    n: int
+    k: int
+    parts: int
+    dtype: Any
+    transpose_w: bool
+
+    @property
+    def layout(self) -> Any:
+        """Of a tile."""
+        raise NotImplementedError
+
+    @property
+    def row_layout(self) -> Any:
+        """Of a row of a tile, along n."""
+        return self.layout.reduce(1)
+
+    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
+        """The sums over `live` steps of the ring, of slots w and of the rows x(step), [M, k]."""
+        raise NotImplementedError
+
+    def view(self, rows: Ref, i: int) -> Ref:
+        """Where tile i lies in shared memory [M, n]."""
+        return rows.at[:, pl.ds(WIDE * i, WIDE)].transpose((1, 0))
+
+    def bias(self, bias: Ref, first: Any, i: int) -> jax.Array:
+        """Of tile i, from global memory [O]."""
+        column = plgpu.load(bias.at[pl.ds(first + WIDE * i, WIDE)], layout=self.layout.reduce(1), optimized=False)
+        return plgpu.layout_cast(lax.broadcast_in_dim(column, (WIDE, self.padded), (0,)), self.layout)
+
+    @property
+    def padded(self) -> int:
+        return self.M + -self.M % 8
+
+    def strip(self, w: Ref, part: int, start: int, i: int, depth: int) -> Ref:
+        """Inputs start .. start + depth of tile i's features, [64, depth]."""
+        k, n = pl.ds(start, depth), pl.ds(WIDE * i, WIDE)
+        return w.at[part, n, k] if self.transpose_w else w.at[part, k, n].transpose((1, 0))
+
+
+class _Vectors(_Route):
+    """Route A: z[m, n] += w[n, k] x[m, k] for each element of a tile by itself, no tensor cores, no padding."""
+
+    @property
+    def tile_layout(self) -> Any:
+        """Of a tile of the weight [n, k]: 8 adjacent inputs a thread."""
+        return plgpu.Layout.SMEM_GMEM_COPY((self.n, self.k), self.dtype, swizzle=swizzle_bytes(self.k))
+
+    @property
+    def layout(self) -> Any:
+        return self.tile_layout.reduce(1)
+
+    @property
+    def row_layout(self) -> Any:
+        return self.layout
+
+    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
+        shape, layout = (self.n, self.k), self.tile_layout
+
+        def step(i: Any, sums: list) -> list:
+            ring.start(i + ring.stages - 1, live)
+            ring.wait(i, len(ring.parts) * (ring.stages - 1), i + ring.stages - 1 < live)
+            slot = lax.rem(i, ring.stages)
+            wide = [plgpu.load(w.at[slot, p], layout=layout).astype(jnp.float32) for p in range(self.parts)]
+            for m in range(self.M):
+                row = plgpu.load(x(i).at[m], layout=layout.reduce(0), optimized=False).astype(jnp.float32)
+                row = lax.broadcast_in_dim(row, shape, (1,))
+                for p in range(self.parts):
+                    sums[p][m] = sums[p][m] + wide[p] * row
+            return sums
+
+        zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+        sums = lax.fori_loop(0, live, step, [[zero] * self.M for _ in range(self.parts)])
+        return [[jnp.sum(z, axis=1) for z in part] for part in sums]
+
+    def view(self, rows: Ref, i: int) -> Ref:
+        return rows.at[i]
+
+    def bias(self, bias: Ref, first: Any, i: int) -> jax.Array:
+        return plgpu.load(bias.at[pl.ds(first, self.n)], layout=self.layout, optimized=False)
+
+
+class _Mma(_Route):
+    """Route B by mma.sync, operands in registers."""
+
+    @property
+    def layout(self) -> Any:
+        return plgpu.Layout.MMA_ACC(self.dtype)
+
+    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
+        left, right = plgpu.Layout.MMA_LHS(self.dtype), plgpu.Layout.MMA_RHS(self.dtype)
+
+        def step(i: Any, sums: list) -> list:
+            ring.start(i + ring.stages - 1, live)
+            ring.wait(i, len(ring.parts) * (ring.stages - 1), i + ring.stages - 1 < live)
+            slot = lax.rem(i, ring.stages)
+            for start in range(0, self.k, 64):  # the width of a swizzled tile; all of k would fill the registers
+                narrow = plgpu.load(
+                    x(i).at[:, pl.ds(start, 64)].transpose((1, 0)), layout=right, optimized=self.M % 8 == 0
+                )
+                for part in range(self.parts):
+                    for j in range(self.n // WIDE):
+                        wide = plgpu.load(self.strip(w.at[slot], part, start, j, 64), layout=left)
+                        sums[part][j] = plgpu.mma(sums[part][j], wide, narrow)
+            return sums
+
+        zero = plgpu.layout_cast(jnp.zeros((WIDE, self.padded), jnp.float32), self.layout)
+        return lax.fori_loop(0, live, step, [[zero] * (self.n // WIDE) for _ in range(self.parts)])
+
+
+class _Wgmma(_Route):
+    """Route B by wgmma, both operands in shared memory."""
+
+    @property
+    def layout(self) -> Any:
+        return plgpu.Layout.WGMMA
+
+    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
+        per_part = self.n // WIDE
+
+        def multiply(*sums: Ref) -> list[jax.Array]:
+            def step(i, _):
+                ring.wait(i, len(ring.parts) * (ring.stages - 1), i + ring.stages - 1 < live)
+                slot = lax.rem(i, ring.stages)
+                for t, z in enumerate(sums):
+                    strip = self.strip(w.at[slot], t // per_part, 0, t % per_part, self.k)
+                    plgpu.wgmma(z, strip, x(i).transpose((1, 0)))
+                # The products of the step before are done with their slot; those of this one go on.
+                plgpu.wgmma_wait(len(sums))
+                ring.start(i + ring.stages - 1, live)
+
+            lax.fori_loop(0, live, step, None)
+            plgpu.wgmma_wait(0)
+            return [z[...] for z in sums]
+
+        z = pl.run_scoped(multiply, *[plgpu.ACC((WIDE, self.M), jnp.float32)] * (self.parts * per_part))
+        return [z[p * per_part : (p + 1) * per_part] for p in range(self.parts)]
+
+
+# --- The kernel ----------------------------------------------------------------------------------------------
+
+
+def _activate(z: list[jax.Array], activation: str | None) -> jax.Array:
+    """Of the parts of a tile; a sigmoid takes one exponential, and the hardware's tanh has 11 bits only."""
+    match activation:
+        case None:
+            return z[0]
+        case "silu":
+            return z[0] / (1 + jnp.exp(-z[0]))
+        case "gelu":  # tanh(y) = 2 sigmoid(2 y) - 1
+            return z[0] / (1 + jnp.exp(-2 * math.sqrt(2 / math.pi) * (z[0] + 0.044715 * z[0] * z[0] * z[0])))
+        case "swiglu":
+            return z[0] / (1 + jnp.exp(-z[0])) * z[1]
+        case _:
+            raise ValueError(f"flat_gemm: unknown activation {activation!r}.")
+
+
+def _strips(
+    at: _Route,
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    *,
+    activation: str | None,
+    stages: int,
+    splits: int,
+) -> jax.Array:
+    """The kernel of all routes, [M, O]: a block, or the blocks of a cluster, make n features. bias [parts, O] is padded
+    to whole strips."""
+    (M, K), N = x.shape, w.shape[0] if at.transpose_w else w.shape[1]
+    O, dtype, copies = N // at.parts, x.dtype, copies_of_device()
+    steps_of_split = -(-K // (at.k * splits))
+    given = {name: a for name, a in (("bias", bias), ("residual", residual)) if a is not None}
+
+    def kernel(
+        x_gmem, w_gmem, *refs, ws, out_smem, xs=None, partial=None, residual_smem=None, arrived=None, added=None
+    ):
+        option, out_gmem = dict(zip(given, refs, strict=False)), refs[-1]
+        split, n = lax.axis_index("split"), lax.axis_index("strip") * at.n
+        first = split * steps_of_split
+        live = jnp.clip(-(-K // at.k) - first, 0, steps_of_split)
+
+        def weight(part: int, step: Any) -> Ref:
+            features, inputs = pl.ds(part * O + n, at.n), pl.ds((first + step) * at.k, at.k)
+            return w_gmem.at[features, inputs] if at.transpose_w else w_gmem.at[inputs, features]
+
+        loads: list = [(functools.partial(weight, part), ws.at[:, part]) for part in range(at.parts)]
+
+        def rows_of(step: Any) -> Ref:
+            return x_gmem.at[:, pl.ds((first + step) * at.k, at.k)]
+
+        if xs is not None:
+            loads.append((rows_of, xs.at[:, pl.ds(0, M)]))
+        ring = Ring(copies, stages, loads, arrived)
+        for step in range(stages - 1):
+            ring.start(step, live)
+        if residual_smem is not None:
+            copies.start(option["residual"].at[:, pl.ds(n, at.n)], residual_smem.at[pl.ds(0, M)], added)
+        tiles = at.tiles(ring, live, ws, rows_of if xs is None else lambda step: xs.at[lax.rem(step, stages)])
+
+        def finish(tiles: list[list[jax.Array]]) -> None:
+            if residual_smem is not None:
+                copies.wait(added, 0, live < 0)
+            for i, z in enumerate(zip(*tiles, strict=True)):
+                if bias is not None:
+                    z = [y + at.bias(option["bias"].at[p], n, i).astype(jnp.float32) for p, y in enumerate(z)]
+                y = _activate(list(z), activation)
+                if residual_smem is not None:
+                    more = plgpu.load(at.view(residual_smem, i), layout=at.layout, optimized=False)
+                    y = y + more.astype(jnp.float32)
+                at.view(out_smem, i)[...] = y.astype(out_smem.dtype)
+            if copies.fill:
+                copies.send(out_smem.at[pl.ds(0, M)], out_gmem.at[:, pl.ds(n, at.n)])
+                return
+            # Ampere has no copies out of shared memory: row by row through registers.
+            width = at.n // len(tiles[0]) if isinstance(at, _Mma) else at.n
+            for m, start in itertools.product(range(M), range(0, at.n, width)):
+                features = pl.ds(n + start, width)
+                y = plgpu.load(out_smem.at[m, pl.ds(start, width)], layout=at.row_layout, optimized=False)
+                if residual is not None:
+                    more = plgpu.load(option["residual"].at[m, features], layout=at.row_layout, optimized=False)
+                    y = y + more.astype(jnp.float32)
+                store(out_gmem.at[m, features], y.astype(dtype))
+
+        if splits == 1:
+            finish(tiles)
+            return
+        # Blocks of a cluster leave what they have; the first adds it up, in order.
+        for i, tile in enumerate(tiles):
+            for j, z in enumerate(tile):
+                partial[i, j] = z
+        cluster.sync()
+
+        @pl.when(split == 0)
+        def _():
+            def of_peer(peer: int) -> list[list[jax.Array]]:
+                return [
+                    [cluster.load(partial.at[i, j], peer, at.layout) for j in range(len(t))]
+                    for i, t in enumerate(tiles)
+                ]
+
+            total = tiles
+            for peer in range(1, splits):
+                total = jax.tree.map(jnp.add, total, of_peer(peer))
+            finish(total)
+
+        cluster.sync()
+
+    kernel.__name__ = f"flat_gemm_{type(at).__name__.strip('_').lower()}"
+    hopper, vectors = copies.fill, isinstance(at, _Vectors)
+    plain = M % 8 != 0 or vectors  # rows that no swizzled tile can be made of
+    rows = M if vectors else at.padded
+
+    def rows_memory(*shape: int) -> Any:
+        return plgpu.SMEM(shape, dtype) if plain else tile_memory(*shape, dtype=dtype)
+
+    tile = (at.n, at.k) if at.transpose_w else (at.k, at.n)
+    scratch = {
+        "ws": tile_memory(stages, at.parts, *tile, dtype=dtype),
+        "xs": None if vectors and not hopper else rows_memory(stages, rows, at.k),
+        "out_smem": rows_memory(rows, at.n) if hopper else plgpu.SMEM((rows, at.n), jnp.float32),
+        "arrived": copies.barrier(at.parts + 1, stages),
+    }
+    if residual is not None and hopper:
+        scratch |= {"residual_smem": rows_memory(rows, at.n), "added": copies.barrier(1)}
+    if splits > 1:
+        scratch["partial"] = plgpu.SMEM((at.parts, at.n // WIDE, WIDE, at.padded), jnp.float32)
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((M, O), dtype),
+        grid=(-(-O // at.n),),
+        grid_names=("strip",),
+        cluster=(splits,),
+        cluster_names=("split",),
+        scratch_types={name: memory for name, memory in scratch.items() if memory is not None},
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **cost_option(flops=2 * M * N * K, transcendentals=M * O, bytes_accessed=2 * (N * K + M * K + M * O)),
+    )(x, w, *given.values())
