@@ -37,7 +37,7 @@ class MosaicGpuConfig:
     block_k: int = 64
     stages: int = 3
     num_splits: int = 1
-    cluster: int = 16
+    cluster: int = 2
 
     def __post_init__(self):
         rules = {"block_k": (64, 128, 256), "stages": (2, 3, 4, 5, 6)}
@@ -47,8 +47,8 @@ class MosaicGpuConfig:
         for name in ("num_splits", "cluster"):
             if not isinstance(value := getattr(self, name), int) or value < 1:
                 raise ValueError(f"MosaicGpuConfig.{name} must be an integer >= 1, got {value!r}.")
-        if self.cluster > 16:
-            raise ValueError(f"MosaicGpuConfig.cluster must be 16 or less, as Hopper's are, got {self.cluster}.")
+        if self.cluster > 8:
+            raise ValueError(f"MosaicGpuConfig.cluster must be 8 or less, as Hopper's are, got {self.cluster}.")
 
 
 Config = XlaConfig | MosaicGpuConfig

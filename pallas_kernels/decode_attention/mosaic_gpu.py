@@ -232,8 +232,9 @@ def _splits(
     Hv = cache.value.shape[3]
     C, stages, dtype, copies = config.block_k, config.stages, rows.dtype, copies_of_device()
     whole = copies.fill and splits <= config.cluster  # the splits of a head are one cluster, or there is one
-    few = copies.fill and T * G < R == 16  # queries that need no padding
-    if not few:
+    # Copies of Hopper fill rows that are not there by 0, if a tile of 8 begins where they do.
+    filled = copies.fill and (T * G < 8 or T * G % 8 == 0)
+    if not filled:
         rows = jnp.pad(rows, ((0, 0), (0, 0), (0, R - T * G), (0, 0)))
     paged = cache.page_table is not None
     page = cache.key.shape[1] if paged else C
@@ -288,12 +289,14 @@ def _splits(
             for step in range(stages - 1):
                 ring.start(step, live)
 
-        copies.start(rows_gmem.at[b, head], q.at[pl.ds(0, rows.shape[2])], q_arrived)
+        # Row 0, in words that do not tell that no R rows may follow.
+        row = lax.div(split, splits) * 8
+        copies.start(rows_gmem.at[b, head, pl.ds(row, R)], q, q_arrived)
         start()
         copies.wait(q_arrived, 0, live < 0)
         # 16 queries stay in registers, [64, R] of them a slice of H.
         held = [
-            plgpu.load(q.at[:, pl.ds(d, min(64, H - d))].transpose((1, 0)), layout=right, optimized=not few)
+            plgpu.load(q.at[:, pl.ds(d, min(64, H - d))].transpose((1, 0)), layout=right)
             for d in range(0, H, 64)
             if R == 16
         ]
@@ -427,7 +430,7 @@ def _splits(
     kernel.__name__ = "decode_attention"
     sums = jax.ShapeDtypeStruct((B, K, splits, R), jnp.float32)
     scratch = {
-        "q": plgpu.SMEM((R, H), dtype) if few else tile_memory(R, H, dtype=dtype),
+        "q": tile_memory(R, H, dtype=dtype),
         "k": tile_memory(stages, C, H, dtype=dtype),
         "v": tile_memory(stages, C, Hv, dtype=dtype),
         "p": tile_memory(C, R, dtype=dtype),
