@@ -83,7 +83,7 @@ def flat_gemm(
     folded = None if residual is None else residual.reshape(-1, O)
     inputs = _Inputs(x.reshape(-1, x.shape[-1]), w, bias, folded)
     if choice.name == "reference":
-        out = choice.module.gemm(*inputs, activation=activation, transpose_w=transpose_w).astype(x.dtype)
+        out: Any = choice.module.gemm(*inputs, activation=activation, transpose_w=transpose_w).astype(x.dtype)
     else:
         plan = _Plan(choice, kernel_config, dispatch.choose(call.backward(), "xla"))
         out = _multiply(plan, vary_like(inputs, inputs))
