@@ -66,7 +66,8 @@ def flat_gemm(
       config: tile sizes (an object of pallas_kernels.flat_gemm.config); None looks in the tuning tables.
 
     Returns:
-      [..., M, O] in the dtype of x. Differentiable in x, w, bias and residual, by ordinary matrix products.
+      [..., M, O] in the dtype of x. Differentiable (reverse mode) in x, w, bias and residual, by ordinary
+      matrix products.
 
     Raises:
       ValueError: shapes that do not fit, named by argument and axis letter; an unknown activation.
