@@ -55,7 +55,8 @@ def flat_gemm(
 
     Args:
       x: [..., M, K], float32, bfloat16, float16 or float64. Products accumulate in float32 (float64), and bias,
-        activation and residual are applied before the one rounding to this dtype.
+        activation and residual are applied before the one rounding to this dtype. Kernels take up to 256 rows in all;
+        "auto" gives more to XLA.
       w: [K, N], or [N, K] with transpose_w; of x's dtype.
       bias: [N], of x's dtype.
       residual: [..., M, O], of x's dtype; added last.
