@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of a cluster on Hopper read each other's shared memory. Pallas has no word for it, so this is inline PTX.
+"""Blocks of a cluster on Hopper read each other's shared memory. `plgpu.cluster_ref` takes no slices (in jax 0.11 and
+0.12), so this is inline PTX.
 
     part[...] = mine                     each block leaves what it has summed up
     cluster.sync()
@@ -33,7 +34,8 @@ def sync() -> None:
 
 
 def load(ref: Ref, block: jax.Array, layout: Any) -> jax.Array:
-    """What lies at `ref`, float32 in shared memory without transforms, in another block: the one of that rank."""
+    """What lies at `ref`, float32 in shared memory without transforms, in another block of the cluster: the one of
+    that rank. The last axis of a cluster counts first."""
 
     def load_from_block(_, ref, block):
         i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
@@ -48,7 +50,8 @@ def load(ref: Ref, block: jax.Array, layout: Any) -> jax.Array:
         shape = tuple(memref.shape)
         registers = np.empty(tiled.registers_shape(shape), object)
         for at, index in zip(np.ndindex(registers.shape), tiled.thread_idxs(shape), strict=True):
-            element = sum_of(arith.muli(arith.index_castui(i32, i), mgpu.c(s, i32)) for i, s in zip(index, strides))
+            terms = zip(index, strides, strict=True)
+            element = sum_of(arith.muli(arith.index_castui(i32, i), mgpu.c(stride, i32)) for i, stride in terms)
             address = arith.addi(base, arith.muli(element, mgpu.c(4, i32)))
             registers[at] = load_vector(address, width, f32)
         return mgpu.FragmentedArray(_registers=registers, _layout=tiled, _is_signed=None)

@@ -37,13 +37,15 @@ class MatrixConfig:
       block_n: output features of a block.
       block_k: input features of one step.
       stages: how many tiles of the weight shared memory holds; 2 is the paper's double buffering.
-      num_splits: in how many pieces K is cut, each the work of another block; the paper has 1.
+      num_splits: in how many pieces K is cut, each the work of another block of a cluster; the paper has 1.
+      share: how many blocks, of neighboring features, load the rows of x together.
     """
 
     block_n: int = 64
     block_k: int = 128
     stages: int = 4
     num_splits: int = 1
+    share: int = 1
 
     def __post_init__(self):
         _check(self, {"block_n": (64, 128, 256), "block_k": (64, 128, 256), "stages": (1, 2, 3, 4, 5, 6, 8)})

@@ -8,9 +8,10 @@ memory, so that enough bytes are in flight; the rows of x, which all blocks read
     route A    z[m, n] += w[n, k] x[m, k]         in registers, an element of the tile each; summed over k at the end
     route B    Z^T [n, M] += W [n, k] X^T [k, M]  the weight is the wide operand (64 rows), M is padded to 8, not to 64
 
-Route B runs on wgmma on Hopper and on mma.sync elsewhere, and for fewer than 8 rows, which need no padding there.
-Where the strips are fewer than the multiprocessors, `num_splits` blocks of a cluster share one (an extension: the paper
-does not cut K), and the first of them adds up what the others leave in their shared memory.
+Route B runs on wgmma on Hopper, whose copies fill missing rows by 0, and on mma.sync on Ampere. Two extensions of the
+paper, for Hopper's clusters: where strips are fewer than multiprocessors, `num_splits` blocks share one, each a part of
+K, and the first adds up what the others leave in their shared memory; and `share` blocks of neighboring strips, which
+need the same rows of x, load a part each for all of them.
 
 Source: Hong et al., "FlashDecoding++", 2023, sections 4 and 5.
 """
@@ -31,7 +32,7 @@ from pallas_kernels.core import cluster
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, store, swizzle_bytes, tile_memory
-from pallas_kernels.flat_gemm.config import Config, VectorConfig
+from pallas_kernels.flat_gemm.config import Config, MatrixConfig, VectorConfig
 from pallas_kernels.flat_gemm.routes import ARCHS, MOST_ROWS
 
 Ref = Any
@@ -46,7 +47,7 @@ def supports(call: Call, device: Device) -> Refusal | None:
         return Refusal(f"its tensor-core products take bfloat16 and float16, not {dtype}; cast the inputs")
     if s["M"] > (most := MOST_ROWS if hopper else 64):
         return Refusal(f"M={s['M']} rows; it takes {most}, and for more the library's product is as fast")
-    multiple = 8 if hopper else 128  # what copies of a ragged tail leave alone
+    multiple = 64 if hopper else 128  # what copies of a ragged tail leave alone
     if s["K"] % multiple or s["O"] % multiple:
         return Refusal(f"K={s['K']} and O={s['O']} features; it takes multiples of {multiple} on {device.arch}")
     return None
@@ -71,7 +72,7 @@ def forward(
             raise ValueError(f"flat_gemm: route A takes a weight [N, K] (transpose_w=True), got [K, N] and {config}.")
         route: type[_Route] = _Vectors
     else:
-        route = _Wgmma if hopper and M >= 8 else _Mma
+        route = _Wgmma if hopper else _Mma
         # Four warps copy as many tiles of 8 rows and 64 inputs each by cp.async.
         multiple = 8 if hopper else max(8, 4 * 8 * 64 // config.block_k)
         if not (hopper and M < 8):
@@ -81,9 +82,9 @@ def forward(
     if bias is not None:
         bias = bias.reshape(parts, -1)
         bias = jnp.pad(bias, ((0, 0), (0, -bias.shape[1] % config.block_n)))
-    splits = getattr(config, "num_splits", 1)
     at = route(len(x), config.block_n, config.block_k, parts, x.dtype, transpose_w)
-    return _strips(at, x, w, bias, residual, activation=activation, stages=config.stages, splits=splits)[:M]
+    options = {"num_splits": config.num_splits, "share": config.share} if isinstance(config, MatrixConfig) else {}
+    return _strips(at, x, w, bias, residual, activation=activation, stages=config.stages, **options)[:M]
 
 
 # --- What a block adds up ------------------------------------------------------------------------------------
@@ -190,9 +191,7 @@ class _Mma(_Route):
             ring.wait(i, len(ring.parts) * (ring.stages - 1), i + ring.stages - 1 < live)
             slot = lax.rem(i, ring.stages)
             for start in range(0, self.k, 64):  # the width of a swizzled tile; all of k would fill the registers
-                narrow = plgpu.load(
-                    x(i).at[:, pl.ds(start, 64)].transpose((1, 0)), layout=right, optimized=self.M % 8 == 0
-                )
+                narrow = plgpu.load(x(i).at[:, pl.ds(start, 64)].transpose((1, 0)), layout=right)
                 for part in range(self.parts):
                     for j in range(self.n // WIDE):
                         wide = plgpu.load(self.strip(w.at[slot], part, start, j, 64), layout=left)
@@ -228,7 +227,7 @@ class _Wgmma(_Route):
             plgpu.wgmma_wait(0)
             return [z[...] for z in sums]
 
-        z = pl.run_scoped(multiply, *[plgpu.ACC((WIDE, self.M), jnp.float32)] * (self.parts * per_part))
+        z = pl.run_scoped(multiply, *[plgpu.ACC((WIDE, self.padded), jnp.float32)] * (self.parts * per_part))
         return [z[p * per_part : (p + 1) * per_part] for p in range(self.parts)]
 
 
@@ -259,20 +258,34 @@ def _strips(
     *,
     activation: str | None,
     stages: int,
-    splits: int,
+    num_splits: int = 1,
+    share: int = 1,
 ) -> jax.Array:
-    """The kernel of all routes, [M, O]: a block, or the blocks of a cluster, make n features. bias [parts, O] is padded
-    to whole strips."""
+    """The kernel of all routes, [M, O]. bias [parts, O] is padded to whole strips of n features."""
     (M, K), N = x.shape, w.shape[0] if at.transpose_w else w.shape[1]
     O, dtype, copies = N // at.parts, x.dtype, copies_of_device()
-    steps_of_split = -(-K // (at.k * splits))
+    steps_of_split = -(-K // (at.k * num_splits))
+    hopper, vectors = copies.fill, isinstance(at, _Vectors)
     given = {name: a for name, a in (("bias", bias), ("residual", residual)) if a is not None}
 
     def kernel(
-        x_gmem, w_gmem, *refs, ws, out_smem, xs=None, partial=None, residual_smem=None, arrived=None, added=None
+        x_gmem,
+        w_gmem,
+        *refs,
+        ws,
+        out_smem,
+        xs=None,
+        partial=None,
+        residual_smem=None,
+        arrived=None,
+        added=None,
+        released=None,
     ):
         option, out_gmem = dict(zip(given, refs, strict=False)), refs[-1]
-        split, n = lax.axis_index("split"), lax.axis_index("strip") * at.n
+        split = lax.axis_index("split")
+        n = (lax.axis_index("strips") * share + lax.axis_index("neighbor")) * at.n
+        # Row 0, in words that do not tell that fewer rows than a tile may follow.
+        rows = pl.ds(lax.div(split, num_splits) * 8, at.padded) if hopper and not vectors else slice(None)
         first = split * steps_of_split
         live = jnp.clip(-(-K // at.k) - first, 0, steps_of_split)
 
@@ -283,15 +296,15 @@ def _strips(
         loads: list = [(functools.partial(weight, part), ws.at[:, part]) for part in range(at.parts)]
 
         def rows_of(step: Any) -> Ref:
-            return x_gmem.at[:, pl.ds((first + step) * at.k, at.k)]
+            return x_gmem.at[rows, pl.ds((first + step) * at.k, at.k)]
 
         if xs is not None:
-            loads.append((rows_of, xs.at[:, pl.ds(0, M)]))
-        ring = Ring(copies, stages, loads, arrived)
+            loads.append((rows_of, xs) if share == 1 else (rows_of, xs, "neighbor"))
+        ring = Ring(copies, stages, loads, arrived, released)
         for step in range(stages - 1):
             ring.start(step, live)
         if residual_smem is not None:
-            copies.start(option["residual"].at[:, pl.ds(n, at.n)], residual_smem.at[pl.ds(0, M)], added)
+            copies.start(option["residual"].at[rows, pl.ds(n, at.n)], residual_smem, added)
         tiles = at.tiles(ring, live, ws, rows_of if xs is None else lambda step: xs.at[lax.rem(step, stages)])
 
         def finish(tiles: list[list[jax.Array]]) -> None:
@@ -306,7 +319,7 @@ def _strips(
                     y = y + more.astype(jnp.float32)
                 at.view(out_smem, i)[...] = y.astype(out_smem.dtype)
             if copies.fill:
-                copies.send(out_smem.at[pl.ds(0, M)], out_gmem.at[:, pl.ds(n, at.n)])
+                copies.send(out_smem, out_gmem.at[rows, pl.ds(n, at.n)])
                 return
             # Ampere has no copies out of shared memory: row by row through registers.
             width = at.n // len(tiles[0]) if isinstance(at, _Mma) else at.n
@@ -318,56 +331,53 @@ def _strips(
                     y = y + more.astype(jnp.float32)
                 store(out_gmem.at[m, features], y.astype(dtype))
 
-        if splits == 1:
+        if num_splits == 1:
             finish(tiles)
-            return
-        # Blocks of a cluster leave what they have; the first adds it up, in order.
-        for i, tile in enumerate(tiles):
-            for j, z in enumerate(tile):
-                partial[i, j] = z
-        cluster.sync()
+        else:
+            # Blocks of a cluster leave what they have; the first adds it up, in order.
+            for i, tile in enumerate(tiles):
+                for j, z in enumerate(tile):
+                    partial[i, j] = z
+            cluster.sync()
 
-        @pl.when(split == 0)
-        def _():
-            def of_peer(peer: int) -> list[list[jax.Array]]:
+            def add(total: list, i: int) -> list:
+                peer = i * share + lax.axis_index("neighbor")
                 return [
-                    [cluster.load(partial.at[i, j], peer, at.layout) for j in range(len(t))]
-                    for i, t in enumerate(tiles)
+                    [z + cluster.load(partial.at[p, j], peer, at.layout) for j, z in enumerate(tile)]
+                    for p, tile in enumerate(total)
                 ]
 
-            total = tiles
-            for peer in range(1, splits):
-                total = jax.tree.map(jnp.add, total, of_peer(peer))
-            finish(total)
+            pl.when(split == 0)(lambda: finish(functools.reduce(add, range(1, num_splits), tiles)))
 
-        cluster.sync()
+        if num_splits > 1 or share > 1:
+            cluster.sync()  # no block is gone while others read from it, write to it or arrive at its barriers
 
     kernel.__name__ = f"flat_gemm_{type(at).__name__.strip('_').lower()}"
-    hopper, vectors = copies.fill, isinstance(at, _Vectors)
-    plain = M % 8 != 0 or vectors  # rows that no swizzled tile can be made of
-    rows = M if vectors else at.padded
+    padded = M if vectors else at.padded
 
     def rows_memory(*shape: int) -> Any:
-        return plgpu.SMEM(shape, dtype) if plain else tile_memory(*shape, dtype=dtype)
+        return plgpu.SMEM(shape, dtype) if vectors else tile_memory(*shape, dtype=dtype)
 
     tile = (at.n, at.k) if at.transpose_w else (at.k, at.n)
     scratch = {
         "ws": tile_memory(stages, at.parts, *tile, dtype=dtype),
-        "xs": None if vectors and not hopper else rows_memory(stages, rows, at.k),
-        "out_smem": rows_memory(rows, at.n) if hopper else plgpu.SMEM((rows, at.n), jnp.float32),
+        "xs": None if vectors and not hopper else rows_memory(stages, padded, at.k),
+        "out_smem": rows_memory(padded, at.n) if hopper else plgpu.SMEM((padded, at.n), jnp.float32),
         "arrived": copies.barrier(at.parts + 1, stages),
     }
     if residual is not None and hopper:
-        scratch |= {"residual_smem": rows_memory(rows, at.n), "added": copies.barrier(1)}
-    if splits > 1:
+        scratch |= {"residual_smem": rows_memory(padded, at.n), "added": copies.barrier(1)}
+    if share > 1:
+        scratch["released"] = plgpu.ClusterBarrier(collective_axes=("neighbor",), num_barriers=stages)
+    if num_splits > 1:
         scratch["partial"] = plgpu.SMEM((at.parts, at.n // WIDE, WIDE, at.padded), jnp.float32)
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((M, O), dtype),
-        grid=(-(-O // at.n),),
-        grid_names=("strip",),
-        cluster=(splits,),
-        cluster_names=("split",),
+        grid=(-(-O // (at.n * share)),),
+        grid_names=("strips",),
+        cluster=(num_splits, share),
+        cluster_names=("split", "neighbor"),
         scratch_types={name: memory for name, memory in scratch.items() if memory is not None},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **cost_option(flops=2 * M * N * K, transcendentals=M * O, bytes_accessed=2 * (N * K + M * K + M * O)),
