@@ -180,7 +180,7 @@ class Conversation:
         self._settings = settings
         self._templated = generator.tokenizer.chat_template is not None if templated is None else templated
         self._messages: list[dict[str, str]] = []
-        self._dtype = str(jnp.dtype(generator.cache_dtype))
+        self._dtype = str(generator.decoder.dtype)
 
     def run(self) -> None:
         with contextlib.suppress(ImportError):
