@@ -101,6 +101,7 @@ def run(options: flags.FlagValues) -> None:
     implementation = tuple(names) if len(names) > 1 else names[0]
     model, tokenizer = load_model(options.checkpoint, dtype=dtype, implementation=implementation)
     generator = Generator(model, tokenizer)
+    del model  # the generator has a copy of its own
     settings = {
         "max_new_tokens": options.max_new_tokens,
         "sampling": sampling,

@@ -36,11 +36,16 @@ VARIANTS = {
 @functools.cache
 def build(config: LlamaConfig, **options) -> Llama:
     """A random model; biases and norms too, which training begins with zeros and ones."""
-    model = nnx.jit(lambda: Llama(config, rngs=nnx.Rngs(0), **{"dtype": jnp.float32, **options}))()
-    keys = iter(jax.random.split(jax.random.key(5), 100))
-    state = nnx.state(model)
-    nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), state))
-    return model
+
+    @nnx.jit
+    def randomized() -> Llama:
+        model = Llama(config, rngs=nnx.Rngs(0), **{"dtype": jnp.float32, **options})
+        keys = iter(jax.random.split(jax.random.key(5), 100))
+        state = nnx.state(model)
+        nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), state))
+        return model
+
+    return randomized()
 
 
 @functools.cache
