@@ -15,6 +15,7 @@ from flax import nnx
 from models import Decoder, Generator, KVCache, Llama, LlamaConfig, Tokenizer
 from models.layers import RopeScaling
 from pallas_kernels import explain
+from tests.models.random_model import random_model
 
 SMALLEST = LlamaConfig(
     vocab_size=61,
@@ -33,19 +34,7 @@ VARIANTS = {
 }
 
 
-@functools.cache
-def build(config: LlamaConfig, **options) -> Llama:
-    """A random model; biases and norms too, which training begins with zeros and ones."""
-
-    @nnx.jit
-    def randomized() -> Llama:
-        model = Llama(config, rngs=nnx.Rngs(0), **{"dtype": jnp.float32, **options})
-        keys = iter(jax.random.split(jax.random.key(5), 100))
-        state = nnx.state(model)
-        nnx.update(model, jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), state))
-        return model
-
-    return randomized()
+build = functools.cache(random_model)
 
 
 @functools.cache
@@ -172,7 +161,7 @@ def test_bfloat16_is_close_to_float32():
 
 def test_a_generator_does_not_keep_the_model_alive():
     config = dataclasses.replace(SMALLEST, vocab_size=320)
-    model = Llama(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+    model = random_model(config)
     generator = Generator(model, Tokenizer.bytes())
     held = [weakref.ref(model), weakref.ref(model.blocks.mlp.down.kernel[...])]
     expected = generator.generate("a", 5).tokens
