@@ -101,6 +101,7 @@ def run(options: flags.FlagValues) -> None:
     implementation = tuple(names) if len(names) > 1 else names[0]
     model, tokenizer = load_model(options.checkpoint, dtype=dtype, implementation=implementation)
     generator = Generator(model, tokenizer)
+    del model  # the generator has a copy of its own
     settings = {
         "max_new_tokens": options.max_new_tokens,
         "sampling": sampling,
@@ -180,7 +181,7 @@ class Conversation:
         self._settings = settings
         self._templated = generator.tokenizer.chat_template is not None if templated is None else templated
         self._messages: list[dict[str, str]] = []
-        self._dtype = str(jnp.dtype(generator.cache_dtype))
+        self._dtype = str(generator.decoder.dtype)
 
     def run(self) -> None:
         with contextlib.suppress(ImportError):

@@ -158,6 +158,7 @@ def measure_generation(
     model = Llama(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, implementation=options.implementation)
     tokenizer = NumberTokenizer(config.vocab_size)
     generator = Generator(model, cast(Tokenizer, tokenizer))
+    del model  # the generator has a copy of its own
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, options.prompt))
     prompts = [tokenizer.decode(row.tolist()) for row in ids]
     runs = [generator.generate(prompts, options.new_tokens).timings for _ in range(options.repeats + 1)][1:]
@@ -223,7 +224,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="llama_1b", choices=PRESETS)
     parser.add_argument("--phases", type=_known(PHASES), default=list(PHASES), help="default: train,generate")
     parser.add_argument("--dtype", default="bfloat16", help="of activations; default bfloat16")
-    parser.add_argument("--implementation", default="auto", help="of attention; default auto")
+    parser.add_argument("--implementation", default="auto", help="of attention (decoding too); default auto")
     parser.add_argument("--batch", type=int, default=8, help="rows of a training step (default 8)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row in training (default 2048)")
     parser.add_argument("--remat", choices=list(REMAT_POLICIES), help="rematerialization; default: none")

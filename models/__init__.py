@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models composed of the suite's functions, and what is needed to load, run and save them."""
 
+from models.cache import KVCache
 from models.checkpoint import CheckpointError, load_model, save_checkpoint
+from models.decoder import Decoder
 from models.generate import Generator, generate
-from models.llama import KVCache, Llama, LlamaConfig
+from models.llama import Llama, LlamaConfig
 from models.presets import PRESETS, preset
 from models.sampling import Sampling
 from models.tokenizer import Tokenizer
@@ -11,6 +13,7 @@ from models.tokenizer import Tokenizer
 __all__ = [
     "PRESETS",
     "CheckpointError",
+    "Decoder",
     "Generator",
     "KVCache",
     "Llama",

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text from a language model: one prefill over the prompts, then token by token over a preallocated KV cache.
 
-    prompts --encode, pad right--> tokens [B, T] --prefill--> cache [L, B, S, K, H], first token of each row
+    prompts --encode, pad right--> tokens [B, T] --prefill--> cache L x [B, S, K, H], first token of each row
                                                                 |
     text <--decode, cut at stops-- tokens [B, CHUNK] <--decode: a loop on the device, cache updated in place
 
-Two programs, `_prefill` and `_decode`, are compiled once per bucket: the batch B, the padded prompt length T
-and the cache size S are rounded up to powers of two. Sampling settings, stop tokens, lengths and the seed are
+Two programs, the prefill and the loop of decode_loop.py, are compiled once per bucket: the batch B, the padded prompt
+length T and the cache size S are rounded up to powers of two. Sampling settings, stop tokens, lengths and the seed are
 data; to change them compiles nothing. The host looks at the tokens once a chunk: it makes text of them,
 streams it, and searches it for stop strings; within a chunk the device ends by itself when every row has met
 a stop token.
 
-`generate` is the short way; `Generator` keeps a model ready and also reports tokens, reasons and timings.
+`generate` is the short way; `Generator` keeps a model ready and also reports tokens, reasons and timings. Requests that
+come and go are for batcher.py.
 """
 
 from __future__ import annotations
@@ -20,30 +21,29 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from models import decode_loop
 from models.continuation import Continuation, FinishReason
-from models.llama import KVCache, Llama
-from models.sampling import Sampling, is_integer, request_keys, sample, step_keys
+from models.decode_loop import CHUNK, Settings, State
+from models.decoder import Decoder
+from models.llama import Llama
+from models.sampling import Sampling, is_integer
 
 if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
 
 type Stream = Callable[[int, str], object]
 
-CHUNK = 32  # decode steps between two looks of the host at the tokens
-STREAM_CHUNK = 4  # the same while streaming: few enough to read along
+STREAM_CHUNK = 4  # decode steps between two looks of the host while streaming: few enough to read along
 SMALLEST_PROMPT_BUCKET = 32
 SMALLEST_CACHE_BUCKET = 64
 
 
 def generate(
-    model: Llama,
+    model: Llama | Decoder,
     tokenizer: Tokenizer,
     prompts: str | Sequence[str],
     max_new_tokens: int = 64,
@@ -65,6 +65,7 @@ def generate(
     first occurrence of a string of `stop`, or after `max_new_tokens`.
 
     Args:
+      model: of a Llama a `Decoder` is made in every call, which copies its weights; pass a Decoder to call this often.
       temperature, top_k, top_p, min_p: see `models.sampling`; the default is greedy.
       seed: in [0, 2**32). The same call with the same seed gives the same text, bit for bit. Row i draws from
         (seed, i), so its randomness does not depend on the rest of the batch.
@@ -142,19 +143,18 @@ class GenerationResult:
 
 
 class Generator:
-    """A model and its tokenizer, ready to generate, with the weights that the model has when this is made."""
+    """A model and its tokenizer, ready to generate, with the weights that the model has when this is made.
 
-    def __init__(self, model: Llama, tokenizer: Tokenizer):
-        self.config = model.config
+    Of a Llama a `Decoder` is made: a copy of the weights, as large as the model is in its compute dtype. The Llama
+    itself is not kept; drop it to have its memory back.
+    """
+
+    def __init__(self, model: Llama | Decoder, tokenizer: Tokenizer):
+        self.decoder = model if isinstance(model, Decoder) else Decoder.from_model(model)
+        self.config = self.decoder.config
         self.tokenizer = tokenizer
-        graphdef, self._weights = nnx.split(model)
-        self._prefill_program, self._decode_program = _programs(graphdef)
-        self.cache_dtype = jnp.dtype(model.dtype)
         # Ids beyond the tokenizer's only pad the embedding table; they have no text and are never drawn.
         self._drawable = min(self.config.vocab_size, tokenizer.vocab_size)
-        self._weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self._weights))
-        if not self.config.tie_embeddings:
-            self._weight_bytes -= model.embedding.embedding[...].nbytes
 
     def generate(
         self,
@@ -182,11 +182,12 @@ class Generator:
         encoded = self.encode(_checked_prompts(prompts), add_bos)
         size = self._cache_size([len(ids) for ids in encoded], max_new_tokens, cache_size)
         tokens, lengths = _padded(encoded, size)
-        settings = _Settings(
-            seed=_checked_seed(seed),
+        settings = Settings(
+            seeds=_checked_seed(seed),
             request_ids=_padded_request_ids(request_ids, len(encoded), len(tokens)),
             sampling=(sampling or Sampling()).arrays(),
             stop_tokens=_padded_stop_tokens(stop_set),
+            limits=np.int32(max_new_tokens),
         )
         rows = [Continuation(self.tokenizer, ids, stop_set, stop) for ids in encoded]
         timings = Timings(prefill_tokens=sum(map(len, encoded)))
@@ -225,10 +226,10 @@ class Generator:
                 )
         return encoded
 
-    def _prefill(self, tokens, lengths, settings: _Settings, size: int, rows, timings: Timings) -> _State:
+    def _prefill(self, tokens, lengths, settings: Settings, size: int, rows, timings: Timings) -> State:
         """The state after the prompts; gives each row its first token."""
-        call = functools.partial(self._prefill_program, self._weights, tokens, lengths, settings)
-        call = functools.partial(call, cache_size=size, cache_dtype=self.cache_dtype, drawable=self._drawable)
+        call = functools.partial(decode_loop.prefill, self.decoder, tokens, lengths, settings)
+        call = functools.partial(call, cache_size=size, drawable=self._drawable)
         timings.compile_seconds += _compile(call)
         start = time.perf_counter()
         state = call()
@@ -238,11 +239,11 @@ class Generator:
             row.extend([token])
         return state
 
-    def _decode(self, state: _State, steps: int, settings: _Settings, rows, timings: Timings) -> _State:
+    def _decode(self, state: State, steps: int, settings: Settings, rows, timings: Timings) -> State:
         """The state after at most `steps` more tokens, which the rows are given. Uses up the old state."""
         done = np.ones(len(state.token), bool)
         done[: len(rows)] = [not row.live for row in rows]
-        call = functools.partial(self._decode_program, self._weights, state, done, np.int32(steps), settings)
+        call = functools.partial(decode_loop.decode, self.decoder, state, done, np.int32(steps), settings)
         call = functools.partial(call, drawable=self._drawable)
         if not timings.decode_seconds:  # the first of the call; the others have the same shapes
             timings.compile_seconds += _compile(call)
@@ -250,21 +251,14 @@ class Generator:
         state, drawn, ran = call()
         drawn, ran = np.asarray(drawn), int(ran)
         timings.decode_seconds += time.perf_counter() - start
-        timings.decode_bytes += ran * self._weight_bytes
+        timings.decode_bytes += ran * self.decoder.weight_bytes
         for row, columns in zip(rows, drawn[:, :ran].tolist(), strict=False):
             if row.live:
                 attended = row.length  # tokens that the first of these steps attends to
                 taken = row.extend(columns)
                 timings.decode_tokens += taken
-                timings.decode_bytes += sum(map(self._attention_bytes, range(attended, attended + taken)))
+                timings.decode_bytes += sum(map(self.decoder.attention_bytes, range(attended, attended + taken)))
         return state
-
-    def _attention_bytes(self, tokens: int) -> int:
-        """Bytes of keys and values that one token reads to attend to `tokens` tokens, itself among them."""
-        config = self.config
-        seen = min(tokens, config.sliding_window or tokens)
-        numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim * seen
-        return numbers * self.cache_dtype.itemsize
 
     def _cache_size(self, lengths: list[int], max_new_tokens: int, requested: int | None) -> int:
         """S: what was asked for, or the bucket of the longest row. ValueError if a row does not fit."""
@@ -299,79 +293,6 @@ class Generator:
             if not (is_integer(token) and 0 <= token < self.config.vocab_size):
                 raise ValueError(f"stop_tokens must be ids in [0, {self.config.vocab_size}), got {token!r}")
         return stop_tokens
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """What the device must know of a call; all of it is data."""
-
-    seed: jax.typing.ArrayLike  # uint32 []
-    request_ids: jax.typing.ArrayLike  # int32 [B]
-    sampling: dict[str, Any]  # arguments of `sample`
-    stop_tokens: jax.typing.ArrayLike  # int32, padded with -1
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """A batch between two steps."""
-
-    cache: KVCache
-    token: jax.Array  # int32 [B], drawn last and not in the cache yet
-    count: jax.Array  # int32 [], tokens drawn so far
-
-
-def _prefill(graphdef, weights, tokens, lengths, settings, *, cache_size, cache_dtype, drawable) -> _State:
-    """Runs right-padded prompts [B, T] into a new cache and draws the first token of each row."""
-    model: Llama = nnx.merge(graphdef, weights)
-    cache = KVCache.zeros(model.config, tokens.shape[0], cache_size, cache_dtype)
-    hidden, cache = model.hidden(model.embed(tokens), cache=cache)
-    # Only the last token of each row is asked for its logits: [B, T, V] would dwarf everything else.
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    token = _draw(model, last, settings, 0, drawable)
-    return _State(dataclasses.replace(cache, lengths=lengths), token, jnp.ones((), jnp.int32))
-
-
-def _decode(graphdef, weights, state, done, steps, settings, *, drawable) -> tuple[_State, jax.Array, jax.Array]:
-    """Up to `steps` tokens more, fewer if every row is done: state, tokens [B, CHUNK], steps that ran."""
-
-    def unfinished(carry):
-        step, _, done, _ = carry
-        return (step < steps) & ~jnp.all(done)
-
-    def advance(carry):
-        step, state, done, drawn = carry
-        model: Llama = nnx.merge(graphdef, weights)
-        hidden, cache = model.hidden(model.embed(state.token[:, None]), cache=state.cache)
-        token = _draw(model, hidden, settings, state.count, drawable)
-        done |= jnp.any(token[:, None] == settings.stop_tokens, axis=-1)
-        return step + 1, _State(cache, token, state.count + 1), done, drawn.at[:, step].set(token)
-
-    drawn = jnp.zeros((done.shape[0], CHUNK), jnp.int32)
-    step, state, _, drawn = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state, done, drawn))
-    return state, drawn, step
-
-
-def _draw(model: Llama, hidden: jax.Array, settings: _Settings, count, drawable: int) -> jax.Array:
-    """Token number `count` of each row from its last hidden state [B, 1, D] -> int32 [B]."""
-    logits = model.logits(hidden)[:, 0, :drawable]
-    keys = step_keys(request_keys(settings.seed, settings.request_ids), count)
-    return sample(logits, keys, **settings.sampling)
-
-
-@functools.lru_cache(maxsize=8)
-def _programs(graphdef: nnx.GraphDef) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`_prefill` and `_decode` jitted for models of one structure, shared by all Generators of such models.
-
-    As a static argument the structure would be hashed at every call, which takes longer than some steps.
-    """
-    prefill = functools.partial(_prefill, graphdef)
-    decode = functools.partial(_decode, graphdef)
-    return (
-        jax.jit(prefill, static_argnames=("cache_size", "cache_dtype", "drawable")),
-        jax.jit(decode, static_argnames=("drawable",), donate_argnames=("state",)),
-    )
 
 
 def _compile(call: functools.partial) -> float:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of the Llama family: rotary embedding, key/value cache, grouped-query attention, SwiGLU, block.
+"""Layers of the Llama family: rotary embedding, grouped-query attention, SwiGLU, block; and their mathematics as
+functions, which decoder.py uses too.
 
 Letters: B batch, T query length, S cache size, L layers, D model width, N query heads, K key/value heads,
 H head dim, F feed-forward width. Layers compute in `dtype` and keep parameters in `param_dtype`; they know
@@ -141,74 +142,51 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
 def rope_tables(
     positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, float32 [B, T, 1, H/2], of int32 positions [B, T]; shared by all layers."""
+    """Cosine and sine, float32 [..., 1, H/2], of int32 positions [...]; shared by all layers."""
     frequency, factor = rope_frequencies(head_dim, theta, scaling)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates x [B, T, heads, H]; dimension i pairs with i + H/2 (the Hugging Face convention)."""
+    """Rotates x [..., heads, H]; dimension i pairs with i + H/2 (the Hugging Face convention)."""
     cos, sin = rope
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-# --- Key/value cache ----------------------------------------------------------------------------------------
+# --- Norm, mask, logits -------------------------------------------------------------------------------------
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of all layers for B rows of up to S tokens; a pytree.
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """scale * x / sqrt(mean(x^2) + epsilon) over the last axis, computed in float32 (Zhang, Sennrich 2019,
+    arXiv:1910.07467)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * (jax.lax.rsqrt(mean_square + epsilon) * scale)).astype(x.dtype)
 
-    A right-padded prefill is corrected with `dataclasses.replace(cache, lengths=true_lengths)`: entries at or
-    beyond a row's length are never visible and are overwritten by the next tokens.
 
-    The scan over layers carries the whole arrays and updates one layer at a time, so that XLA can work in
-    place.
+def causal_mask(sliding_window: int | None) -> masks.Mask:
+    """A token sees itself and what is before it, `sliding_window` tokens in all if that is not None."""
+    return masks.Causal() if sliding_window is None else masks.Window(sliding_window - 1, 0)
 
-    Attributes:
-      key, value: [L, B, S, K, H]; keys are stored rotated.
-      lengths: int32 [B], valid tokens of each row.
-    """
 
-    key: jax.Array
-    value: jax.Array
-    lengths: jax.Array
-
-    @classmethod
-    def zeros(cls, config: BlockConfig, batch: int, size: int, dtype: DTypeLike = jnp.bfloat16) -> KVCache:
-        """An empty cache for `batch` rows of up to `size` tokens."""
-        shape = (config.num_layers, batch, size, config.num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32))
-
-    @property
-    def size(self) -> int:
-        """S, the most tokens that a row can hold."""
-        return self.key.shape[2]
-
-    def slots(self, count: int) -> jax.Array:
-        """Where the next `count` tokens of each row go: int32 [B, count]."""
-        return self.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)
-
-    def write(self, layer: jax.Array | int, key: jax.Array, value: jax.Array) -> KVCache:
-        """Stores one layer's new keys and values [B, T, K, H] in the next T slots; those beyond S are
-        dropped."""
-        B, T = key.shape[:2]
-        at = (layer, jnp.arange(B)[:, None], self.slots(T))
-        return dataclasses.replace(
-            self,
-            key=self.key.at[at].set(key.astype(self.key.dtype), mode="drop", unique_indices=True),
-            value=self.value.at[at].set(value.astype(self.value.dtype), mode="drop", unique_indices=True),
-        )
-
-    def read(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """One layer's keys and values, [B, S, K, H] each, stale slots included (the mask hides them)."""
-        return self.key[layer], self.value[layer]
+def vocabulary_logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    """[..., D] and the output projection's rows [V, D] -> [..., V]; accumulated and returned in float32."""
+    table = table.astype(hidden.dtype)
+    return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
 # --- Layers -------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nnx.RMSNorm):
+    """`rms_norm` with a learned scale; x is cast to `dtype` first."""
+
+    scale: nnx.Param
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x.astype(self.dtype), self.scale[...].astype(self.dtype), self.epsilon)
 
 
 class Attention(nnx.Module):
@@ -236,8 +214,8 @@ class Attention(nnx.Module):
             **types,
         )
         if config.qk_norm:
-            self.query_norm = nnx.RMSNorm(H, epsilon=config.norm_eps, **types)
-            self.key_norm = nnx.RMSNorm(H, epsilon=config.norm_eps, **types)
+            self.query_norm = RMSNorm(H, epsilon=config.norm_eps, **types)
+            self.key_norm = RMSNorm(H, epsilon=config.norm_eps, **types)
         else:
             self.query_norm = self.key_norm = None
         self.head_dim = H
@@ -248,10 +226,8 @@ class Attention(nnx.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         mask: masks.Mask,
-        cache: KVCache | None = None,
-        layer: jax.Array | int = 0,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """x [B, T, D] -> [B, T, D], and the cache with this call's keys and values written."""
+    ) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]."""
         B, T, _ = x.shape
         query = self.query(x).reshape(B, T, -1, self.head_dim)
         key = self.key(x).reshape(B, T, -1, self.head_dim)
@@ -259,12 +235,9 @@ class Attention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, rope), rotate(key, rope)
-        if cache is not None:
-            cache = cache.write(layer, key, value)
-            key, value = (a.astype(query.dtype) for a in cache.read(layer))
         query, key, value = checkpoint_name((query, key, value), "attention_inputs")
         out = flash_attention(query, key, value, mask=mask, implementation=self.implementation)
-        return self.out(out.reshape(B, T, -1)), cache
+        return self.out(out.reshape(B, T, -1))
 
 
 class Mlp(nnx.Module):
@@ -294,9 +267,9 @@ class Block(nnx.Module):
         implementation: str | tuple[str, ...],
     ):
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.attention_norm = nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, **types)
+        self.attention_norm = RMSNorm(config.d_model, epsilon=config.norm_eps, **types)
         self.attention = Attention(config, implementation=implementation, **types)
-        self.mlp_norm = nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, **types)
+        self.mlp_norm = RMSNorm(config.d_model, epsilon=config.norm_eps, **types)
         self.mlp = Mlp(config, **types)
 
     def __call__(
@@ -304,12 +277,9 @@ class Block(nnx.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         mask: masks.Mask,
-        cache: KVCache | None = None,
-        layer: jax.Array | int = 0,
-    ) -> tuple[jax.Array, KVCache | None]:
-        attended, cache = self.attention(self.attention_norm(x), rope, mask, cache, layer)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+    ) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), rope, mask)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 def residual_init(num_layers: int) -> jax.nn.initializers.Initializer:

@@ -2,22 +2,22 @@
 """The Llama family in Flax NNX: Llama 2/3, Mistral, Qwen2, Qwen3, SmolLM2 and anything else of that shape.
 
 A model is a LlamaConfig plus parameters. The blocks are stacked (every block parameter has a leading layer
-axis L) and run by one `jax.lax.scan`, so compile time does not grow with depth. Letters as in layers.py, V
-vocabulary size.
+axis L) and run by one `jax.lax.scan`, so compile time does not grow with depth. This is for training and for
+scoring text; to generate, decoder.py makes a `Decoder` of a model. Letters as in layers.py, V vocabulary size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.layers import Block, BlockConfig, KVCache, RopeScaling, rope_tables
+from models.layers import Block, BlockConfig, RMSNorm, RopeScaling, causal_mask, rope_tables, vocabulary_logits
 from pallas_kernels import masks
 
 
@@ -161,7 +161,7 @@ class Llama(nnx.Module):
             return Block(config, rngs=rngs, implementation=implementation, **types)
 
         self.blocks = stacked(rngs)
-        self.final_norm = nnx.RMSNorm(config.d_model, epsilon=config.norm_eps, rngs=rngs, **types)
+        self.final_norm = RMSNorm(config.d_model, epsilon=config.norm_eps, rngs=rngs, **types)
         if config.tie_embeddings:
             self.output = None
         else:
@@ -173,94 +173,49 @@ class Llama(nnx.Module):
             raise ValueError(f"Llama: tokens must be an integer array [B, T], got {tokens.dtype}{list(tokens.shape)}")
         return self.embedding(tokens)
 
-    @overload
     def hidden(
         self,
         x: jax.Array,
         *,
-        positions: jax.Array | None = ...,
-        segment_ids: jax.Array | None = ...,
-        cache: None = ...,
-    ) -> jax.Array: ...
-    @overload
-    def hidden(
-        self, x: jax.Array, *, positions: jax.Array | None = ..., cache: KVCache
-    ) -> tuple[jax.Array, KVCache]: ...
-    def hidden(self, x, *, positions=None, segment_ids=None, cache=None):
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
         """Runs the blocks and the final norm.
 
         Args:
           x: embedded tokens [B, T, D].
-          positions: int32 [B, T] or [T], for the rotary embedding only; None means 0, 1, ... or, with a
-            cache, the slots that the tokens are written to. Packed rows restart them in each document.
-          segment_ids: int32 [B, T]: the document of each token; attention stays within equal ids. Not with a
-            cache.
-          cache: earlier tokens of each row. Token t of row b is written at cache.lengths[b] + t and sees the
-            cached tokens up to itself.
+          positions: int32 [B, T] or [T], for the rotary embedding only; None means 0, 1, ... Packed rows restart
+            them in each document.
+          segment_ids: int32 [B, T]: the document of each token; attention stays within equal ids.
 
         Returns:
-          [B, T, D]; with a cache, also the cache holding the T new tokens (lengths + T).
+          [B, T, D].
         """
         B, T, _ = x.shape
-        if cache is not None and segment_ids is not None:
-            raise ValueError("Llama: segment_ids cannot be combined with a cache: each cache row is one document")
-        if cache is not None and cache.lengths.shape != (B,):
-            raise ValueError(f"Llama: the cache has {cache.lengths.shape[0]} rows but the tokens have {B}")
-        slots = None if cache is None else cache.slots(T)
-        if positions is None:
-            positions = jnp.arange(T, dtype=jnp.int32) if slots is None else slots
+        positions = jnp.arange(T, dtype=jnp.int32) if positions is None else positions
         positions = jnp.broadcast_to(positions, (B, T))
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        mask = self._mask(slots, segment_ids)
+        # By index in the row, not by position: positions of packed documents restart, indices do not.
+        mask = causal_mask(self.config.sliding_window)
+        if segment_ids is not None:
+            mask = mask & masks.Segments(segment_ids, segment_ids)
         graphdef, stacked = nnx.split(self.blocks)
-        remat = self.remat if cache is None else None
-        x, cache = _run_blocks(graphdef, stacked, x.astype(self.dtype), rope, mask, cache, remat=remat)
-        x = self.final_norm(x)
-        return x if cache is None else (x, dataclasses.replace(cache, lengths=cache.lengths + T))
+        return self.final_norm(_run_blocks(graphdef, stacked, x.astype(self.dtype), rope, mask, remat=self.remat))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., V]; inputs in the model's dtype, accumulation and result in float32."""
-        if self.output is None:
-            weights, subscripts = self.embedding.embedding[...], "...d,vd->...v"
-        else:
-            weights, subscripts = self.output.kernel[...], "...d,dv->...v"
-        return jnp.einsum(
-            subscripts,
-            hidden.astype(self.dtype),
-            weights.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        table = self.embedding.embedding[...] if self.output is None else self.output.kernel[...].T
+        return vocabulary_logits(hidden.astype(self.dtype), table)
 
-    @overload
     def __call__(
         self,
         tokens: jax.Array,
         *,
-        positions: jax.Array | None = ...,
-        segment_ids: jax.Array | None = ...,
-        cache: None = ...,
-    ) -> jax.Array: ...
-    @overload
-    def __call__(
-        self, tokens: jax.Array, *, positions: jax.Array | None = ..., cache: KVCache
-    ) -> tuple[jax.Array, KVCache]: ...
-    def __call__(self, tokens, *, positions=None, segment_ids=None, cache=None):
-        """int32 tokens [B, T] -> float32 logits [B, T, V], and the new cache if one is passed."""
-        hidden = self.hidden(self.embed(tokens), positions=positions, segment_ids=segment_ids, cache=cache)
-        if cache is None:
-            return self.logits(hidden)
-        hidden, cache = hidden
-        return self.logits(hidden), cache
-
-    def _mask(self, slots: jax.Array | None, segment_ids: jax.Array | None) -> masks.Mask:
-        # By index in the row, not by position: positions of packed documents restart, indices do not.
-        if self.config.sliding_window is None:
-            mask = masks.Causal(query_positions=slots)
-        else:
-            mask = masks.Window(self.config.sliding_window - 1, 0, query_positions=slots)
-        if segment_ids is not None:
-            mask = mask & masks.Segments(segment_ids, segment_ids)
-        return mask
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """int32 tokens [B, T] -> float32 logits [B, T, V]."""
+        return self.logits(self.hidden(self.embed(tokens), positions=positions, segment_ids=segment_ids))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "remat"))
@@ -270,19 +225,15 @@ def _run_blocks(
     x: jax.Array,
     rope: tuple[jax.Array, jax.Array],
     mask: masks.Mask,
-    cache: KVCache | None,
     *,
     remat: str | None,
-) -> tuple[jax.Array, KVCache | None]:
+) -> jax.Array:
     """Scans x [B, T, D] over the stacked blocks. Jitted so that calling a model outside of jit compiles only once."""
 
-    def run_block(carry, layer_input):
-        layer, parameters = layer_input
-        return nnx.merge(graphdef, parameters)(carry[0], rope, mask, carry[1], layer), None
+    def run_block(x, parameters):
+        return nnx.merge(graphdef, parameters)(x, rope, mask), None
 
     if remat is not None:
         # prevent_cse would only slow a scan down: its body is not merged with anything.
         run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    num_layers = jax.tree.leaves(stacked)[0].shape[0]
-    carry, _ = jax.lax.scan(run_block, (x, cache), (jnp.arange(num_layers, dtype=jnp.int32), stacked))
-    return carry
+    return jax.lax.scan(run_block, x, stacked)[0]

@@ -65,13 +65,15 @@ class Sampling:
 
 
 def request_keys(seed: jax.typing.ArrayLike, request_ids: jax.typing.ArrayLike) -> jax.Array:
-    """A PRNG key for each request [B]; it depends on the seed and the request's id, on nothing else."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), request_ids)
+    """A PRNG key for each request [B]; it depends on its seed ([B], or one for all) and its id, on nothing else."""
+    request_ids = jnp.asarray(request_ids)
+    seeds = jnp.broadcast_to(jnp.asarray(seed), request_ids.shape)
+    return jax.vmap(lambda seed, request_id: jax.random.fold_in(jax.random.key(seed), request_id))(seeds, request_ids)
 
 
 def step_keys(keys: jax.Array, step: jax.typing.ArrayLike) -> jax.Array:
-    """The keys [B] with which the requests draw their token number `step`."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    """The keys [B] with which the requests draw their token number `step`, a number or [B]."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(step), keys.shape))
 
 
 def filter_logits(
@@ -109,6 +111,7 @@ def filter_logits(
 def sample(
     logits: jax.Array,
     keys: jax.Array,
+    step: jax.typing.ArrayLike | None = None,
     *,
     temperature: jax.typing.ArrayLike = 0.0,
     top_k: jax.typing.ArrayLike | None = None,
@@ -116,6 +119,9 @@ def sample(
     min_p: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """One token per row: logits [B, V], PRNG keys [B] -> int32 [B]; greedy where temperature is 0.
+
+    With a `step`, the keys are those of requests (see `step_keys`). If all rows are greedy, all that runs is an argmax:
+    no key is made, nothing is sorted.
 
     Each setting is a scalar or one value per row [B]; `Sampling.arrays()` gives them checked.
     """
@@ -128,7 +134,8 @@ def sample(
         # Below 1e-6 float32 logits leave nothing to chance anyway; 0 is answered by greedy.
         positive = jnp.maximum(temperature, 1e-6)
         kept = filter_logits(logits, temperature=positive, top_k=top_k, top_p=top_p, min_p=min_p)
-        drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+        own = keys if step is None else step_keys(keys, step)
+        drawn = jax.vmap(jax.random.categorical)(own, kept).astype(jnp.int32)
         return jnp.where(temperature > 0, drawn, greedy(logits))
 
     # Greedy decoding is the common case and needs neither noise nor sort.

@@ -1,4 +1,4 @@
-"""The model itself: cache, packing, masks, rematerialization, counts and the refusal of impossible configurations.
+"""The model itself: packing, masks, rematerialization, counts and the refusal of impossible configurations.
 What it computes is compared with transformers in test_golden.py."""
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import PRESETS, KVCache, Llama, LlamaConfig, preset
+from models import PRESETS, Llama, LlamaConfig, preset
 from models.layers import RopeScaling, rope_frequencies
 from models.llama import REMAT_POLICIES
 
@@ -47,36 +47,6 @@ def tokens_of(batch: int, length: int, seed: int = 1) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, SMALLEST.vocab_size)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_decoding_with_a_cache_equals_the_full_forward(variant):
-    """A prefill of 7 tokens, then one at a time, in a cache that is larger than needed."""
-    model = build(VARIANTS[variant])
-    tokens = tokens_of(2, 18)
-    cache = KVCache.zeros(model.config, batch=2, size=23, dtype=jnp.float32)
-    logits, cache = run(model, tokens[:, :7], cache=cache)
-    parts = [logits]
-    for t in range(7, 18):
-        logits, cache = run(model, tokens[:, t : t + 1], cache=cache)
-        parts.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), run(model, tokens), rtol=0, atol=2e-5)
-    np.testing.assert_array_equal(cache.lengths, [18, 18])
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_rows_of_different_length_share_a_cache(variant):
-    """A right-padded prefill, corrected by its lengths, leaves no trace of the padding."""
-    model = build(VARIANTS[variant])
-    tokens, lengths = tokens_of(3, 16), [9, 4, 1]
-    cache = KVCache.zeros(model.config, batch=3, size=16, dtype=jnp.float32)
-    _, cache = run(model, tokens[:, :9], cache=cache)
-    cache = dataclasses.replace(cache, lengths=jnp.asarray(lengths, jnp.int32))
-    logits, cache = run(model, tokens[:, 9:12], cache=cache)
-    for row, length in enumerate(lengths):
-        alone = jnp.concatenate([tokens[row, :length], tokens[row, 9:12]])[None]
-        np.testing.assert_allclose(logits[row], run(model, alone)[0, length:], rtol=0, atol=2e-5)
-    np.testing.assert_array_equal(cache.lengths, [12, 7, 4])
-
-
 def test_a_second_call_compiles_nothing(compilations):
     """Outside of jit too, and for another model of the same configuration."""
     tokens = tokens_of(1, 6)
@@ -85,29 +55,6 @@ def test_a_second_call_compiles_nothing(compilations):
     compilations.clear()
     other(tokens)
     assert compilations == []
-
-
-def test_tokens_beyond_the_cache_leave_it_unchanged():
-    model = build(SMALLEST)
-    full = dataclasses.replace(
-        KVCache.zeros(SMALLEST, batch=1, size=4, dtype=jnp.float32), lengths=jnp.asarray([4], jnp.int32)
-    )
-    _, cache = run(model, tokens_of(1, 1), cache=full)
-    assert not cache.key.any()
-    assert not cache.value.any()
-
-
-def test_a_donated_cache_is_updated_in_place():
-    """No step may copy the cache of all layers, in any dtype."""
-    model = build(SMALLEST)
-    graphdef, state = nnx.split(model)
-    for dtype in (jnp.float32, jnp.bfloat16):
-        cache = KVCache.zeros(SMALLEST, batch=3, size=777, dtype=dtype)
-        step = jax.jit(lambda state, tokens, cache: nnx.merge(graphdef, state)(tokens, cache=cache), donate_argnums=2)
-        compiled = step.lower(state, tokens_of(3, 1), cache).compile().as_text()
-        shape = r"\[3,3,777,2,8\]"
-        assert re.search(shape, compiled)
-        assert not re.search(rf"= \w+{shape}\S* (copy|convert)\(", compiled)
 
 
 def test_packed_documents_equal_separate_ones():
@@ -279,12 +226,7 @@ def test_unknown_preset_names_the_nearest():
 
 def test_bad_arguments():
     model = build(SMALLEST)
-    cache = KVCache.zeros(SMALLEST, batch=2, size=8)
     with pytest.raises(ValueError, match=re.escape("tokens must be an integer array [B, T], got int32[5]")):
         model(jnp.zeros((5,), jnp.int32))
     with pytest.raises(ValueError, match=re.escape("tokens must be an integer array [B, T], got float32[1, 5]")):
         model(jnp.zeros((1, 5)))
-    with pytest.raises(ValueError, match="the cache has 2 rows but the tokens have 1"):
-        model(tokens_of(1, 3), cache=cache)
-    with pytest.raises(ValueError, match="segment_ids cannot be combined with a cache"):
-        model.hidden(model.embed(tokens_of(2, 3)), segment_ids=jnp.zeros((2, 3), jnp.int32), cache=cache)
