@@ -24,7 +24,7 @@ class VectorConfig:
     stages: int = 4
 
     def __post_init__(self):
-        rules = {"block_n": (16, 32, 64, 128), "block_k": (64, 128, 256, 512, 1024), "stages": (2, 3, 4, 5, 6, 8)}
+        rules = {"block_n": (16, 32, 64, 128), "block_k": (64, 128, 256), "stages": (2, 3, 4, 5, 6, 8)}
         _check(self, rules)
 
 
@@ -48,7 +48,15 @@ class MatrixConfig:
     share: int = 1
 
     def __post_init__(self):
-        _check(self, {"block_n": (64, 128, 256), "block_k": (64, 128, 256), "stages": (1, 2, 3, 4, 5, 6, 8)})
+        _check(
+            self,
+            {
+                "block_n": (64, 128, 256, 512),
+                "share": (1, 2, 4),
+                "block_k": (64, 128, 256),
+                "stages": (1, 2, 3, 4, 5, 6, 8),
+            },
+        )
         if not isinstance(self.num_splits, int) or self.num_splits < 1:
             raise ValueError(f"MatrixConfig.num_splits must be an integer >= 1, got {self.num_splits!r}.")
 
@@ -83,28 +91,56 @@ def for_route(call: Call, device: Device, route: str) -> Config:
     Raises:
       ValueError: the route has no configuration.
     """
-    N, K, num_sms = call.sizes["N"], call.sizes["K"], device.num_cores or 132
     if route == "A":
-        return VectorConfig(block_n=64 if 64 * num_sms <= N else 32)
+        return _vector(call, device)
     if route == "B":
-        block_n = 128 if 128 * num_sms <= N else 64
-        # Blocks for every multiprocessor, each with at least as many steps as are in flight.
-        splits = min(num_sms // -(-N // block_n), K // (4 * 128))
-        return MatrixConfig(block_n, num_splits=max(1, splits))
+        return _matrix(call, device)
     raise ValueError(f'flat_gemm has no route {route!r} with a configuration; "A" and "B" have.')
+
+
+def _vector(call: Call, device: Device) -> VectorConfig:
+    """Strips of 32 features make blocks enough for every weight; what a thread adds up stays in its registers."""
+    sums = call.sizes["M"] * _parts(call)
+    if sums == 1 and device.arch == "sm90":
+        return VectorConfig(32, 256, 4)
+    return VectorConfig(32, 128 if sums <= 4 else 64, 6)
+
+
+def _matrix(call: Call, device: Device) -> MatrixConfig:
+    """One block a multiprocessor, with as much in flight as there is room for, or two where there are more strips."""
+    s, num_sms = call.sizes, device.num_cores or 132
+    strips, rows, parts = -(-outputs(call) // 64), s["M"] + -s["M"] % 8, _parts(call)
+    if device.arch != "sm90":
+        return MatrixConfig(64, 128, 3)
+    # Half the multiprocessors are too few to draw a long weight in.
+    splits = 2 if 2 * strips <= num_sms and s["K"] > 8192 else 1
+    alone = strips * splits <= num_sms
+    block_k = 128 if rows <= 64 or (alone and rows <= 128) else 64
+    room = (200 if alone else 104) * 2**10
+    stages = room // (2 * block_k * (64 * parts + rows))
+    return MatrixConfig(64, block_k, max(2, min(6, stages)), splits)
+
+
+def outputs(call: Call) -> int:
+    """O, output features."""
+    return call.sizes["N"] // _parts(call)
+
+
+def _parts(call: Call) -> int:
+    """Gate and up are two."""
+    return 2 if call.option("activation") == "swiglu" else 1
 
 
 def search_space(call: Call, device: Device, implementation: str) -> Iterator[Config]:
     """Configurations worth measuring, of the kind that `kinds` names first."""
-    match kinds(call, device, implementation):
-        case (kind, _) if kind is VectorConfig:
-            for block_n in (32, 64, 128):
-                for block_k in (128, 256, 512):
-                    yield VectorConfig(block_n, block_k, max(2, min(8, 2**15 // (block_n * block_k))))
-        case (kind, _) if kind is MatrixConfig:
-            best = for_route(call, device, "B")
-            assert isinstance(best, MatrixConfig)
-            for block_n in (64, 128, 256):
-                for block_k in (64, 128):
-                    for num_splits in sorted({1, best.num_splits, 2 * best.num_splits}):
-                        yield MatrixConfig(block_n, block_k, 4, num_splits)
+    best = heuristic(call, device, implementation)
+    if isinstance(best, VectorConfig):
+        for block_n in (16, 32, 64):
+            for block_k in (128, 256):
+                yield VectorConfig(block_n, block_k, max(2, min(6, 2**15 // (block_n * block_k))))
+        return
+    hopper = device.arch == "sm90"
+    for block_k in (64, 128):
+        for stages in (2, 3, 4, 6):
+            for num_splits, share in ((1, 1), (2, 1), (1, 2)) if hopper else ((1, 1),):
+                yield MatrixConfig(64, block_k, stages, num_splits, share)

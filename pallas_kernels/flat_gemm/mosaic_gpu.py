@@ -32,7 +32,7 @@ from pallas_kernels.core import cluster
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, store, swizzle_bytes, tile_memory
-from pallas_kernels.flat_gemm.config import Config, MatrixConfig, VectorConfig
+from pallas_kernels.flat_gemm.config import Config, MatrixConfig, VectorConfig, outputs
 from pallas_kernels.flat_gemm.routes import ARCHS, MOST_ROWS
 
 Ref = Any
@@ -48,8 +48,8 @@ def supports(call: Call, device: Device) -> Refusal | None:
     if s["M"] > (most := MOST_ROWS if hopper else 64):
         return Refusal(f"M={s['M']} rows; it takes {most}, and for more the library's product is as fast")
     multiple = 64 if hopper else 128  # what copies of a ragged tail leave alone
-    if s["K"] % multiple or s["O"] % multiple:
-        return Refusal(f"K={s['K']} and O={s['O']} features; it takes multiples of {multiple} on {device.arch}")
+    if s["K"] % multiple or outputs(call) % multiple:
+        return Refusal(f"K={s['K']} and O={outputs(call)} features; it takes multiples of {multiple} on {device.arch}")
     return None
 
 

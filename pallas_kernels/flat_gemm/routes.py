@@ -26,6 +26,8 @@ from pallas_kernels.core.dispatch import Call
 
 # Kernels take so many rows; beyond there is C alone.
 MOST_ROWS = 256
+# M1 and M2 where there is no table: on Hopper nothing is padded.
+_UNMEASURED = {"sm90": (3, 129)}
 ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
 
 
@@ -79,8 +81,8 @@ def choose(call: Call, device: Device) -> Route:
     """The route of a call.
 
     A weight that was not measured takes the crossings of the one nearest to it in log N and log K. On a device without
-    a table, A runs below 8 rows (what tensor cores would pad to) and B up to 64 (the rows of a library's tile), on
-    NVIDIA GPUs from Ampere on; elsewhere everything takes C.
+    a table, Hopper runs A for 1 and 2 rows and B up to 128; Ampere and Ada A below 8 rows (what B pads to there) and B
+    up to 64; everything else takes C. A weight [K, N] never takes A.
     """
     s = call.sizes
     M, N, K = s["M"], s["N"], s["K"]
@@ -89,9 +91,11 @@ def choose(call: Call, device: Device) -> Route:
         n, k = min(measured, key=lambda at: math.hypot(math.log(at[0] / N), math.log(at[1] / K)))
         crossings, source = measured[n, k], f"measured at N={n} K={k}"
     elif device.arch in ARCHS:
-        crossings, source = Crossings(8, 65), "not measured on this device"
+        crossings, source = Crossings(*_UNMEASURED.get(device.arch, (8, 65))), "not measured on this device"
     else:
         return Route("C", "B", "route C: not measured on this device")
+    if not call.option("transpose_w"):
+        crossings = dataclasses.replace(crossings, M1=1)  # A takes weights [N, K]
     name = crossings.route(M)
     return Route(name, crossings.kernel(M), f"route {name}: M={M}, M1={crossings.M1}, M2={crossings.M2}, {source}")
 
