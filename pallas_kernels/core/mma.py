@@ -3,7 +3,7 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,9 +38,8 @@ class Tma:
     def barrier(self, copies: int, slots: int = 1) -> Any:
         return plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
 
-    def start(self, source: Ref, target: Ref, barrier: Ref, shared_by: str | None = None) -> None:
-        """With `shared_by`, the blocks along an axis of the cluster ask for a part each, and all get the whole."""
-        plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes=shared_by)
+    def start(self, source: Ref, target: Ref, barrier: Ref) -> None:
+        plgpu.copy_gmem_to_smem(source, target, barrier)
 
     def wait(self, barrier: Ref, in_flight: int, full: Any) -> None:
         del in_flight, full
@@ -87,40 +86,25 @@ def copies_of_device() -> Tma | CpAsync:
 
 
 class Ring(NamedTuple):
-    """Slots of shared memory that successive tiles take in turn.
-
-    Attributes:
-      parts: where a step's part comes from, its slots, and perhaps the axis of a cluster whose blocks share it.
-      barriers: at which the copies to a slot arrive.
-      released: at which blocks that share something say that they are done with a slot.
-    """
+    """Slots of shared memory that successive tiles take in turn."""
 
     copies: Tma | CpAsync
     stages: int
-    parts: Sequence[tuple]
+    parts: Sequence[tuple[Callable[[Any], Ref], Ref]]  # where a step's part comes from, and its slots
     barriers: Ref | None
-    released: Ref | None = None
 
     def start(self, step: Any, live: Any) -> None:
         """Asks for the tiles of a step, if there is one. The slot's readers are done: Mosaic puts a barrier here."""
 
         @pl.when(step < live)
         def _():
-            if self.released is not None:
-                pl.when(step >= self.stages)(lambda: self._release(step))
-            for source, slots, *shared in self.parts:
-                self.copies.start(source(step), slots.at[step % self.stages], self._barrier(step), *shared)
+            for source, slots in self.parts:
+                self.copies.start(source(step), slots.at[step % self.stages], self._barrier(step))
 
     def wait(self, step: Any, in_flight: int, full: Any) -> list[Ref]:
         """The tiles of a step, once they are there. `in_flight` copies were started since, where `full` holds."""
         self.copies.wait(self._barrier(step), in_flight, full)
-        return [slots.at[step % self.stages] for _, slots, *_ in self.parts]
-
-    def _release(self, step: Any) -> None:
-        assert self.released is not None
-        slot = self.released.at[step % self.stages]
-        plgpu.barrier_arrive(slot)
-        plgpu.barrier_wait(slot)
+        return [slots.at[step % self.stages] for _, slots in self.parts]
 
     def _barrier(self, step: Any) -> Ref | None:
         return None if self.barriers is None else self.barriers.at[step % self.stages]

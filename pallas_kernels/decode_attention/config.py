@@ -89,13 +89,21 @@ _SMEM_BYTES = {"sm80": 160 * 2**10, "sm90": 220 * 2**10}
 
 
 def _mosaic_gpu(call: Call, device: Device) -> MosaicGpuConfig:
-    """One block a multiprocessor, with as many chunks in flight as it has room for; where there are more sequences and
-    key heads than that, two blocks share one, and splits make up for what does not divide."""
+    """One block a multiprocessor, with as many chunks in flight as it has room for, where sequences and key heads come
+    out even; else two blocks share one, and the fewest splits that leave less than a tenth of the places empty."""
     s, S, num_sms = call.sizes, call.option("S"), device.num_cores or 132
     block_k, bytes_each = 64, 2 * 64 * (s["H"] + s["Hv"])
     planes = s["B"] * s["K"]
     alone = planes <= num_sms and num_sms % planes < num_sms // 10
-    splits = (num_sms if alone else 4 * num_sms) // planes
-    # Queries and weights take up to 8 KB.
-    room = _SMEM_BYTES.get(device.arch or "", 96 * 2**10) // (1 if alone else 2) - 8 * 2**10
-    return MosaicGpuConfig(block_k, max(2, min(6, room // bytes_each)), max(1, min(-(-S // (2 * block_k)), splits)))
+    most = max(1, -(-S // (2 * block_k)))  # each split has two chunks, at least
+    if alone:
+        splits = num_sms // planes
+    else:
+
+        def filled(splits: int) -> float:
+            return planes * splits / (2 * num_sms) / -(-planes * splits // (2 * num_sms))
+
+        splits = next((n for n in range(1, most) if filled(n) > 0.9), max(range(1, most + 1), key=filled))
+    # Queries, weights and sums take up to 14 KB.
+    room = _SMEM_BYTES.get(device.arch or "", 96 * 2**10) // (1 if alone else 2) - 14 * 2**10
+    return MosaicGpuConfig(block_k, max(2, min(6, room // bytes_each)), max(1, min(most, splits)))

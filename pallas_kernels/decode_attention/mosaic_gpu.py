@@ -103,7 +103,7 @@ def forward(
         soft_cap=soft_cap,
         window=window,
         splits=splits,
-        chunks=-(-cache.S // (C * splits)),
+        chunks=None if num_splits is None else -(-cache.S // (C * splits)),
         config=config,
     )
     recomputed = jnp.zeros(B, jnp.int32)
@@ -161,7 +161,7 @@ def _merge(
 
         def for_each_split(do: Any, carry: Any) -> Any:
             """carry = do(split, whether it is one, carry); what several splits load is in flight together."""
-            at_once = min(8, splits)
+            at_once = min(16, splits)
 
             def some(i, carry):
                 for s in range(at_once):
@@ -214,10 +214,10 @@ def _splits(
     soft_cap: float | None,
     window: int | None,
     splits: int,
-    chunks: int,
+    chunks: int | None,
     config: MosaicGpuConfig,
 ) -> list[jax.Array]:
-    """Attention of splits of `chunks` chunks.
+    """Attention of splits of `chunks` chunks; None shares those that a sequence has out evenly.
 
     Args:
       rows: queries [B, K, T * G, H], of which the kernel makes R.
@@ -264,9 +264,14 @@ def _splits(
         b, head = block // K, lax.rem(block, K)
         length = lengths_gmem[b]
         # Chunks that some query of this split sees.
-        oldest = 0 if window is None else jnp.maximum(length - T + 1 - window, 0) // C
-        first = jnp.maximum(split * chunks, oldest)
-        end = jnp.minimum((split + 1) * chunks, lax.div(length + C - 1, C))
+        oldest = jnp.int32(0) if window is None else jnp.maximum(length - T + 1 - window, 0) // C
+        count = lax.div(length + C - 1, C)
+        if chunks is None:
+            begin, each = oldest, lax.div(count - oldest + splits - 1, splits)
+        else:
+            begin, each = jnp.int32(0), chunks
+        first = jnp.maximum(begin + split * each, oldest)
+        end = jnp.minimum(begin + (split + 1) * each, count)
         live = jnp.maximum(end - first, 0)
 
         def rows_of(gmem: Ref, width: int, piece: int, step: Any) -> Ref:

@@ -10,7 +10,7 @@ import jax
 
 from pallas_kernels.core import device as device_lib
 from pallas_kernels.core import dispatch, tuning
-from pallas_kernels.core.check import Axes, check_dtype, check_same_dtype
+from pallas_kernels.core.check import Axes, check_dtype, check_number, check_same_dtype
 from pallas_kernels.core.dispatch import Argument, Call, Choice, Implementation
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.flat_gemm import config as config_lib
@@ -30,6 +30,7 @@ def flat_gemm(
     residual: jax.Array | None = None,
     activation: Activation | None = None,
     transpose_w: bool = False,
+    rms_norm_eps: float | None = None,
     implementation: Implementation = "auto",
     config: Any = None,
 ) -> jax.Array:
@@ -38,7 +39,7 @@ def flat_gemm(
     Letters: M rows (one for each sequence that decodes; leading axes are folded into it), K input features, N columns
     of the weight, O output features: N, or N / 2 for "swiglu".
 
-        z[m, n]   = sum_k x[m, k] w[k, n] + bias[n]            w[n, k] with transpose_w
+        z[m, n]   = sum_k x[m, k] w[k, n] + bias[n]            w[n, k] with transpose_w; x normalized with rms_norm_eps
         out[m, o] = residual[m, o] + activation(z)[m, o]
 
         swiglu     columns of w:   | gate 0 ... N/2 - 1 | up 0 ... N/2 - 1 |      out = silu(gate) * up
@@ -62,6 +63,8 @@ def flat_gemm(
       residual: [..., M, O], of x's dtype; added last.
       activation: None, "silu", "gelu" (by tanh, as jax.nn.gelu) or "swiglu" (N must be even).
       transpose_w: w is [N, K], as PyTorch and Hugging Face store it: each output feature lies in one piece.
+      rms_norm_eps: x[m] / sqrt(mean(x[m]^2) + rms_norm_eps) takes the place of x (RMSNorm; its learned scale belongs in
+        w). Kernels see all of x on their way along K, so that it costs next to nothing.
       implementation: "auto", "mosaic_gpu", "mosaic_tpu", "xla", "reference", or names in order of preference. A
         named one runs or raises. `pallas_kernels.explain` shows what runs and why.
       config: tile sizes (an object of pallas_kernels.flat_gemm.config); None looks in the tuning tables.
@@ -71,13 +74,14 @@ def flat_gemm(
       matrix products.
 
     Raises:
-      ValueError: shapes that do not fit, named by argument and axis letter; an unknown activation.
+      ValueError: shapes that do not fit, named by argument and axis letter; an unknown activation; a negative eps.
       TypeError: dtypes that do not fit.
       UnsupportedError: the named implementation cannot run this call; says why and what to try.
 
     Source: Hong et al., "FlashDecoding++", 2023, section 4, for the flat product; section 5 for the look-up.
     """
-    call = describe(x, w, bias=bias, residual=residual, activation=activation, transpose_w=transpose_w)
+    options = {"activation": activation, "transpose_w": transpose_w, "rms_norm_eps": rms_norm_eps}
+    call = describe(x, w, bias=bias, residual=residual, **options)
     route = routes.choose(call, device_lib.current())
     choice = dispatch.choose(call, implementation, automatic=route.implementations, why=_why(implementation, route))
     kernel_config = _config(choice, config)
@@ -85,7 +89,7 @@ def flat_gemm(
     folded = None if residual is None else residual.reshape(-1, O)
     inputs = _Inputs(x.reshape(-1, x.shape[-1]), w, bias, folded)
     if choice.name == "reference":
-        out: Any = choice.module.gemm(*inputs, activation=activation, transpose_w=transpose_w).astype(x.dtype)
+        out: Any = choice.module.gemm(*inputs, **options).astype(x.dtype)
     else:
         plan = _Plan(choice, kernel_config, dispatch.choose(call.backward(), "xla"))
         out = _multiply(plan, vary_like(inputs, inputs))
@@ -100,6 +104,7 @@ def describe(
     residual: jax.Array | None = None,
     activation: str | None = None,
     transpose_w: bool = False,
+    rms_norm_eps: float | None = None,
 ) -> Call:
     """Checks the arguments of `flat_gemm` and puts them in the words of dispatch."""
     if not isinstance(transpose_w, bool):
@@ -132,7 +137,10 @@ def describe(
         for name, array in arrays.items()
         if array is not None
     )
-    return Call(OP, arguments, (("activation", activation), ("transpose_w", transpose_w)))
+    if rms_norm_eps is not None and check_number(OP, "rms_norm_eps", rms_norm_eps) < 0:
+        raise ValueError(f"{OP}: rms_norm_eps must be 0 or more, or None, got {rms_norm_eps!r}.")
+    options = {"activation": activation, "transpose_w": transpose_w, "rms_norm_eps": rms_norm_eps}
+    return Call(OP, arguments, tuple(options.items()))
 
 
 class _Inputs(NamedTuple):

@@ -38,25 +38,15 @@ class MatrixConfig:
       block_k: input features of one step.
       stages: how many tiles of the weight shared memory holds; 2 is the paper's double buffering.
       num_splits: in how many pieces K is cut, each the work of another block of a cluster; the paper has 1.
-      share: how many blocks, of neighboring features, load the rows of x together.
     """
 
     block_n: int = 64
     block_k: int = 128
     stages: int = 4
     num_splits: int = 1
-    share: int = 1
 
     def __post_init__(self):
-        _check(
-            self,
-            {
-                "block_n": (64, 128, 256, 512),
-                "share": (1, 2, 4),
-                "block_k": (64, 128, 256),
-                "stages": (1, 2, 3, 4, 5, 6, 8),
-            },
-        )
+        _check(self, {"block_n": (64, 128, 256, 512), "block_k": (64, 128, 256), "stages": (1, 2, 3, 4, 5, 6, 8)})
         if not isinstance(self.num_splits, int) or self.num_splits < 1:
             raise ValueError(f"MatrixConfig.num_splits must be an integer >= 1, got {self.num_splits!r}.")
 
@@ -99,11 +89,13 @@ def for_route(call: Call, device: Device, route: str) -> Config:
 
 
 def _vector(call: Call, device: Device) -> VectorConfig:
-    """Strips of 32 features make blocks enough for every weight; what a thread adds up stays in its registers."""
+    """Narrow strips make blocks enough for every weight; what a thread adds up stays in its registers."""
     sums = call.sizes["M"] * _parts(call)
-    if sums == 1 and device.arch == "sm90":
+    if device.arch != "sm90":
+        return VectorConfig(32, 128 if sums <= 4 else 64, 6)
+    if sums == 1:
         return VectorConfig(32, 256, 4)
-    return VectorConfig(32, 128 if sums <= 4 else 64, 6)
+    return VectorConfig(16, 256 if sums <= 4 else 128, 6)
 
 
 def _matrix(call: Call, device: Device) -> MatrixConfig:
@@ -142,5 +134,5 @@ def search_space(call: Call, device: Device, implementation: str) -> Iterator[Co
     hopper = device.arch == "sm90"
     for block_k in (64, 128):
         for stages in (2, 3, 4, 6):
-            for num_splits, share in ((1, 1), (2, 1), (1, 2)) if hopper else ((1, 1),):
-                yield MatrixConfig(64, block_k, stages, num_splits, share)
+            for num_splits in (1, 2) if hopper else (1,):
+                yield MatrixConfig(64, block_k, stages, num_splits)

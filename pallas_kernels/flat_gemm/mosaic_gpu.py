@@ -8,10 +8,11 @@ memory, so that enough bytes are in flight; the rows of x, which all blocks read
     route A    z[m, n] += w[n, k] x[m, k]         in registers, an element of the tile each; summed over k at the end
     route B    Z^T [n, M] += W [n, k] X^T [k, M]  the weight is the wide operand (64 rows), M is padded to 8, not to 64
 
-Route B runs on wgmma on Hopper, whose copies fill missing rows by 0, and on mma.sync on Ampere. Two extensions of the
+Route B runs on wgmma on Hopper, whose copies fill missing rows by 0, and on mma.sync on Ampere. An extension of the
 paper, for Hopper's clusters: where strips are fewer than multiprocessors, `num_splits` blocks share one, each a part of
-K, and the first adds up what the others leave in their shared memory; and `share` blocks of neighboring strips, which
-need the same rows of x, load a part each for all of them.
+K, and the first adds up what the others leave in their shared memory.
+
+With `rms_norm_eps` a block, which sees every row of x anyway, also adds up its squares; z is scaled in the end.
 
 Source: Hong et al., "FlashDecoding++", 2023, sections 4 and 5.
 """
@@ -47,6 +48,8 @@ def supports(call: Call, device: Device) -> Refusal | None:
         return Refusal(f"its tensor-core products take bfloat16 and float16, not {dtype}; cast the inputs")
     if s["M"] > (most := MOST_ROWS if hopper else 64):
         return Refusal(f"M={s['M']} rows; it takes {most}, and for more the library's product is as fast")
+    if call.option("rms_norm_eps") is not None and s["M"] > 64:
+        return Refusal(f"M={s['M']} rows to normalize; it has registers for 64")
     multiple = 64 if hopper else 128  # what copies of a ragged tail leave alone
     if s["K"] % multiple or outputs(call) % multiple:
         return Refusal(f"K={s['K']} and O={outputs(call)} features; it takes multiples of {multiple} on {device.arch}")
@@ -61,6 +64,7 @@ def forward(
     *,
     activation: str | None,
     transpose_w: bool,
+    rms_norm_eps: float | None,
     config: Config,
 ) -> jax.Array:
     """[M, O] in the dtype of x, of x [M, K] and w [K, N] ([N, K])."""
@@ -82,9 +86,9 @@ def forward(
     if bias is not None:
         bias = bias.reshape(parts, -1)
         bias = jnp.pad(bias, ((0, 0), (0, -bias.shape[1] % config.block_n)))
-    at = route(len(x), config.block_n, config.block_k, parts, x.dtype, transpose_w)
-    options = {"num_splits": config.num_splits, "share": config.share} if isinstance(config, MatrixConfig) else {}
-    return _strips(at, x, w, bias, residual, activation=activation, stages=config.stages, **options)[:M]
+    at = route(len(x), config.block_n, config.block_k, parts, x.dtype, transpose_w, rms_norm_eps)
+    splits = config.num_splits if isinstance(config, MatrixConfig) else 1
+    return _strips(at, x, w, bias, residual, activation=activation, stages=config.stages, num_splits=splits)[:M]
 
 
 # --- What a block adds up ------------------------------------------------------------------------------------
@@ -100,6 +104,7 @@ class _Route(NamedTuple):
     parts: int
     dtype: Any
     transpose_w: bool
+    rms_norm_eps: float | None
 
     @property
     def layout(self) -> Any:
@@ -111,9 +116,34 @@ class _Route(NamedTuple):
         """Of a row of a tile, along n."""
         return self.layout.reduce(1)
 
-    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
-        """The sums over `live` steps of the ring, of slots w and of the rows x(step), [M, k]."""
+    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> tuple[list[list[jax.Array]], Any]:
+        """Sums over `live` steps of the ring, of slots w and of the rows x(step), [M, k]; and what `squares` adds up if
+        they are normalized."""
         raise NotImplementedError
+
+    @property
+    def squares_layout(self) -> tuple[Any, bool]:
+        """How squares of a tile of x are held, and whether as [k, M]: 8 adjacent inputs a thread, if there are swizzled
+        tiles for all four warps; else as the narrow operand of mma.sync, in each warp."""
+        if self.padded // 8 * (self.k // 64) % 4:
+            return plgpu.Layout.MMA_RHS(self.dtype), True
+        return plgpu.Layout.SMEM_GMEM_COPY((self.padded, self.k), self.dtype, swizzle=swizzle_bytes(self.k)), False
+
+    def squares(self, total: jax.Array | None, x: Ref) -> jax.Array | None:
+        """Squares of a tile of x [M, k], added to those before."""
+        if self.rms_norm_eps is None:
+            return None
+        layout, turned = self.squares_layout
+        if total is None:
+            shape = (self.k, self.padded) if turned else (self.padded, self.k)
+            return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+        row = plgpu.load(x.transpose((1, 0)) if turned else x, layout=layout).astype(jnp.float32)
+        return total + row * row
+
+    def scale(self, squares: Any, K: int, i: int) -> jax.Array:
+        """1 / sqrt(mean of squares + eps) of the rows, to multiply tile i with; `squares` [M] along columns."""
+        scale = lax.rsqrt(squares / K + self.rms_norm_eps)
+        return plgpu.layout_cast(lax.broadcast_in_dim(scale, (WIDE, self.padded), (1,)), self.layout)
 
     def view(self, rows: Ref, i: int) -> Ref:
         """Where tile i lies in shared memory [M, n]."""
@@ -153,21 +183,30 @@ class _Vectors(_Route):
     def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
         shape, layout = (self.n, self.k), self.tile_layout
 
-        def step(i: Any, sums: list) -> list:
+        def step(i: Any, carry: tuple) -> tuple:
+            sums, squares = carry
             ring.start(i + ring.stages - 1, live)
             ring.wait(i, len(ring.parts) * (ring.stages - 1), i + ring.stages - 1 < live)
             slot = lax.rem(i, ring.stages)
             wide = [plgpu.load(w.at[slot, p], layout=layout).astype(jnp.float32) for p in range(self.parts)]
             for m in range(self.M):
                 row = plgpu.load(x(i).at[m], layout=layout.reduce(0), optimized=False).astype(jnp.float32)
+                if squares:
+                    squares[m] = squares[m] + row * row
                 row = lax.broadcast_in_dim(row, shape, (1,))
                 for p in range(self.parts):
                     sums[p][m] = sums[p][m] + wide[p] * row
-            return sums
+            return sums, squares
 
         zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-        sums = lax.fori_loop(0, live, step, [[zero] * self.M for _ in range(self.parts)])
-        return [[jnp.sum(z, axis=1) for z in part] for part in sums]
+        none = plgpu.layout_cast(jnp.zeros((self.k,), jnp.float32), layout.reduce(0))
+        squares = [] if self.rms_norm_eps is None else [none] * self.M
+        sums, squares = lax.fori_loop(0, live, step, ([[zero] * self.M for _ in range(self.parts)], squares))
+        wide = [plgpu.layout_cast(lax.broadcast_in_dim(row, shape, (1,)), layout) for row in squares]
+        return [[jnp.sum(z, axis=1) for z in part] for part in sums], [jnp.sum(z, axis=1) for z in wide]
+
+    def scale(self, squares: Any, K: int, i: int) -> jax.Array:
+        return lax.rsqrt(squares[i] / K + self.rms_norm_eps)
 
     def view(self, rows: Ref, i: int) -> Ref:
         return rows.at[i]
@@ -186,7 +225,8 @@ class _Mma(_Route):
     def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
         left, right = plgpu.Layout.MMA_LHS(self.dtype), plgpu.Layout.MMA_RHS(self.dtype)
 
-        def step(i: Any, sums: list) -> list:
+        def step(i: Any, carry: tuple) -> tuple:
+            sums, squares = carry
             ring.start(i + ring.stages - 1, live)
             ring.wait(i, len(ring.parts) * (ring.stages - 1), i + ring.stages - 1 < live)
             slot = lax.rem(i, ring.stages)
@@ -196,10 +236,11 @@ class _Mma(_Route):
                     for j in range(self.n // WIDE):
                         wide = plgpu.load(self.strip(w.at[slot], part, start, j, 64), layout=left)
                         sums[part][j] = plgpu.mma(sums[part][j], wide, narrow)
-            return sums
+            return sums, None if squares is None else self.squares(squares, x(i))
 
         zero = plgpu.layout_cast(jnp.zeros((WIDE, self.padded), jnp.float32), self.layout)
-        return lax.fori_loop(0, live, step, [[zero] * (self.n // WIDE) for _ in range(self.parts)])
+        sums = [[zero] * (self.n // WIDE) for _ in range(self.parts)]
+        return lax.fori_loop(0, live, step, (sums, self.squares(None, None)))
 
 
 class _Wgmma(_Route):
@@ -212,23 +253,25 @@ class _Wgmma(_Route):
     def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
         per_part = self.n // WIDE
 
-        def multiply(*sums: Ref) -> list[jax.Array]:
-            def step(i, _):
+        def multiply(*sums: Ref) -> tuple[list[jax.Array], Any]:
+            def step(i, squares):
                 ring.wait(i, len(ring.parts) * (ring.stages - 1), i + ring.stages - 1 < live)
                 slot = lax.rem(i, ring.stages)
                 for t, z in enumerate(sums):
                     strip = self.strip(w.at[slot], t // per_part, 0, t % per_part, self.k)
                     plgpu.wgmma(z, strip, x(i).transpose((1, 0)))
+                squares = None if squares is None else self.squares(squares, x(i))
                 # The products of the step before are done with their slot; those of this one go on.
                 plgpu.wgmma_wait(len(sums))
                 ring.start(i + ring.stages - 1, live)
+                return squares
 
-            lax.fori_loop(0, live, step, None)
+            squares = lax.fori_loop(0, live, step, self.squares(None, None))
             plgpu.wgmma_wait(0)
-            return [z[...] for z in sums]
+            return [z[...] for z in sums], squares
 
-        z = pl.run_scoped(multiply, *[plgpu.ACC((WIDE, self.padded), jnp.float32)] * (self.parts * per_part))
-        return [z[p * per_part : (p + 1) * per_part] for p in range(self.parts)]
+        z, squares = pl.run_scoped(multiply, *[plgpu.ACC((WIDE, self.padded), jnp.float32)] * (self.parts * per_part))
+        return [z[p * per_part : (p + 1) * per_part] for p in range(self.parts)], squares
 
 
 # --- The kernel ----------------------------------------------------------------------------------------------
@@ -258,8 +301,7 @@ def _strips(
     *,
     activation: str | None,
     stages: int,
-    num_splits: int = 1,
-    share: int = 1,
+    num_splits: int,
 ) -> jax.Array:
     """The kernel of all routes, [M, O]. bias [parts, O] is padded to whole strips of n features."""
     (M, K), N = x.shape, w.shape[0] if at.transpose_w else w.shape[1]
@@ -277,13 +319,13 @@ def _strips(
         xs=None,
         partial=None,
         residual_smem=None,
+        squares_smem=None,
         arrived=None,
         added=None,
-        released=None,
     ):
         option, out_gmem = dict(zip(given, refs, strict=False)), refs[-1]
         split = lax.axis_index("split")
-        n = (lax.axis_index("strips") * share + lax.axis_index("neighbor")) * at.n
+        n = lax.axis_index("strip") * at.n
         # Row 0, in words that do not tell that fewer rows than a tile may follow.
         rows = pl.ds(lax.div(split, num_splits) * 8, at.padded) if hopper and not vectors else slice(None)
         first = split * steps_of_split
@@ -299,18 +341,24 @@ def _strips(
             return x_gmem.at[rows, pl.ds((first + step) * at.k, at.k)]
 
         if xs is not None:
-            loads.append((rows_of, xs) if share == 1 else (rows_of, xs, "neighbor"))
-        ring = Ring(copies, stages, loads, arrived, released)
+            loads.append((rows_of, xs))
+        ring = Ring(copies, stages, loads, arrived)
         for step in range(stages - 1):
             ring.start(step, live)
         if residual_smem is not None:
             copies.start(option["residual"].at[rows, pl.ds(n, at.n)], residual_smem, added)
-        tiles = at.tiles(ring, live, ws, rows_of if xs is None else lambda step: xs.at[lax.rem(step, stages)])
+        tiles, squares = at.tiles(ring, live, ws, rows_of if xs is None else lambda step: xs.at[lax.rem(step, stages)])
+        columns = at.layout.reduce(0) if squares_smem is not None else None
+        if squares_smem is not None:
+            squares_smem[...] = jnp.sum(squares, axis=0 if at.squares_layout[1] else 1)
+            squares = plgpu.load(squares_smem, layout=columns, optimized=False)
 
-        def finish(tiles: list[list[jax.Array]]) -> None:
+        def finish(tiles: list[list[jax.Array]], squares: Any) -> None:
             if residual_smem is not None:
                 copies.wait(added, 0, live < 0)
             for i, z in enumerate(zip(*tiles, strict=True)):
+                if at.rms_norm_eps is not None:
+                    z = [y * at.scale(squares, K, i) for y in z]
                 if bias is not None:
                     z = [y + at.bias(option["bias"].at[p], n, i).astype(jnp.float32) for p, y in enumerate(z)]
                 y = _activate(list(z), activation)
@@ -332,7 +380,7 @@ def _strips(
                 store(out_gmem.at[m, features], y.astype(dtype))
 
         if num_splits == 1:
-            finish(tiles)
+            finish(tiles, squares)
         else:
             # Blocks of a cluster leave what they have; the first adds it up, in order.
             for i, tile in enumerate(tiles):
@@ -340,17 +388,16 @@ def _strips(
                     partial[i, j] = z
             cluster.sync()
 
-            def add(total: list, i: int) -> list:
-                peer = i * share + lax.axis_index("neighbor")
-                return [
-                    [z + cluster.load(partial.at[p, j], peer, at.layout) for j, z in enumerate(tile)]
-                    for p, tile in enumerate(total)
+            def add(total: tuple, i: int) -> tuple:
+                tiles, squares = total
+                tiles = [
+                    [z + cluster.load(partial.at[p, j], i, at.layout) for j, z in enumerate(tile)]
+                    for p, tile in enumerate(tiles)
                 ]
+                return tiles, None if columns is None else squares + cluster.load(squares_smem, i, columns)
 
-            pl.when(split == 0)(lambda: finish(functools.reduce(add, range(1, num_splits), tiles)))
-
-        if num_splits > 1 or share > 1:
-            cluster.sync()  # no block is gone while others read from it, write to it or arrive at its barriers
+            pl.when(split == 0)(lambda: finish(*functools.reduce(add, range(1, num_splits), (tiles, squares))))
+            cluster.sync()  # no block is gone while others read from it
 
     kernel.__name__ = f"flat_gemm_{type(at).__name__.strip('_').lower()}"
     padded = M if vectors else at.padded
@@ -367,17 +414,17 @@ def _strips(
     }
     if residual is not None and hopper:
         scratch |= {"residual_smem": rows_memory(padded, at.n), "added": copies.barrier(1)}
-    if share > 1:
-        scratch["released"] = plgpu.ClusterBarrier(collective_axes=("neighbor",), num_barriers=stages)
+    if at.rms_norm_eps is not None and not vectors:
+        scratch["squares_smem"] = plgpu.SMEM((padded,), jnp.float32)
     if num_splits > 1:
         scratch["partial"] = plgpu.SMEM((at.parts, at.n // WIDE, WIDE, at.padded), jnp.float32)
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((M, O), dtype),
-        grid=(-(-O // (at.n * share)),),
-        grid_names=("strips",),
-        cluster=(num_splits, share),
-        cluster_names=("split", "neighbor"),
+        grid=(-(-O // at.n),),
+        grid_names=("strip",),
+        cluster=(num_splits,),
+        cluster_names=("split",),
         scratch_types={name: memory for name, memory in scratch.items() if memory is not None},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **cost_option(flops=2 * M * N * K, transcendentals=M * O, bytes_accessed=2 * (N * K + M * K + M * O)),

@@ -4,6 +4,8 @@
     z[m, n]   = sum_k x[m, k] w[k, n] + bias[n]
     out[m, o] = residual[m, o] + activation(z)[m, o]
 
+With `rms_norm_eps`, x[m, k] / sqrt(mean_k x[m, k]^2 + eps) takes the place of x.
+
     silu(z) = z / (1 + exp(-z))       gelu(z) = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3)))
     swiglu(z)[m, o] = silu(z[m, o]) * z[m, N / 2 + o]          N / 2 columns remain of N
 
@@ -47,11 +49,20 @@ def gemm(
     *,
     activation: str | None = None,
     transpose_w: bool = False,
+    rms_norm_eps: float | None = None,
 ) -> jax.Array:
     """[..., M, N] (N / 2 for swiglu), float32 (float64 for float64 input)."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    z = jnp.einsum("...mk,nk->...mn" if transpose_w else "...mk,kn->...mn", x.astype(dtype), w.astype(dtype))
+    x = x.astype(dtype) * scale_of_rows(x.astype(dtype), rms_norm_eps)
+    z = jnp.einsum("...mk,nk->...mn" if transpose_w else "...mk,kn->...mn", x, w.astype(dtype))
     return epilogue(z, bias, residual, activation)
+
+
+def scale_of_rows(x: jax.Array, rms_norm_eps: float | None) -> jax.Array:
+    """What normalizes the rows of x, [..., M, 1]; 1 if they are not to be."""
+    if rms_norm_eps is None:
+        return jnp.ones((), x.dtype)
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + rms_norm_eps)
 
 
 def epilogue(z: jax.Array, bias: jax.Array | None, residual: jax.Array | None, activation: str | None) -> jax.Array:
@@ -70,5 +81,6 @@ def naively(arguments: dict[str, Any]) -> jax.Array:
     """The same, every step rounded to the dtype of x."""
     options = dict(arguments)
     x, w, activation = options.pop("x"), options.pop("w"), options.pop("activation", None)
+    x = x * scale_of_rows(x, options.pop("rms_norm_eps", None))
     z = x @ (w.T if options.pop("transpose_w", False) else w)
     return epilogue(z, options.pop("bias", None), options.pop("residual", None), activation)

@@ -30,6 +30,7 @@ class Shape:
     K: int
     transpose_w: bool = True
     activation: str | None = None
+    rms_norm_eps: float | None = None
     extras: tuple[str, ...] = ()
     leading: tuple[int, ...] = ()
     mask_name: str = ""
@@ -62,7 +63,8 @@ class Shape:
             for name, shape in shapes.items()
             if name in ("x", "w", *self.extras)
         }
-        return {**arrays, "activation": self.activation, "transpose_w": self.transpose_w}
+        options = {"activation": self.activation, "transpose_w": self.transpose_w, "rms_norm_eps": self.rms_norm_eps}
+        return arrays | options
 
     def flops(self, direction: str = "forward", mask: None = None) -> float:
         """Of one product; the backward pass has two."""
@@ -99,6 +101,8 @@ SHAPES: dict[str, Shape] = {
     "swiglu_columns_8": Shape(8, 256, 72, transpose_w=False, activation="swiglu"),
     "residual_200": Shape(200, 136, 152, extras=("residual",)),
     "odd_3": Shape(3, 37, 53, activation="gelu", extras=("bias", "residual")),
+    "normalized_8": Shape(8, 192, 320, rms_norm_eps=1e-5, extras=("residual",)),
+    "normalized_swiglu_2": Shape(2, 256, 192, activation="swiglu", rms_norm_eps=1e-2, extras=("bias",)),
     "leading_2_3": Shape(4, 80, 96, extras=("bias", "residual"), leading=(2, 3)),
     # Large: for benchmarks.
     **{

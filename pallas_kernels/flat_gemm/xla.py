@@ -12,7 +12,7 @@ from jax import lax
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
-from pallas_kernels.flat_gemm.reference import ACTIVATIONS, epilogue
+from pallas_kernels.flat_gemm.reference import ACTIVATIONS, epilogue, scale_of_rows
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
@@ -27,12 +27,16 @@ def forward(
     *,
     activation: str | None,
     transpose_w: bool,
+    rms_norm_eps: float | None,
     config: None = None,
 ) -> jax.Array:
     """[M, N] (N / 2 for swiglu) in the dtype of x, of x [M, K] and w [K, N] ([N, K])."""
     # Libraries sum in float32 whatever they write; what nothing is done to afterwards need not be written in float32.
-    plain = bias is None and residual is None and activation is None
-    z = _product(x, w, 1, 1 if transpose_w else 0, x.dtype if plain else jnp.promote_types(x.dtype, jnp.float32))
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    plain = bias is None and residual is None and activation is None and rms_norm_eps is None
+    z = _product(x, w, 1, 1 if transpose_w else 0, x.dtype if plain else dtype)
+    if rms_norm_eps is not None:
+        z = z * scale_of_rows(x.astype(dtype), rms_norm_eps)  # of a row: it may as well follow the product
     return epilogue(z, bias, residual, activation).astype(x.dtype)
 
 
@@ -45,10 +49,14 @@ def backward(
     *,
     activation: str | None,
     transpose_w: bool,
+    rms_norm_eps: float | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """Gradients of x, w, bias and residual, for that of the output."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     dz = dout.astype(dtype)
+    x, normalize = jax.vjp(
+        lambda x: (x.astype(dtype) * scale_of_rows(x.astype(dtype), rms_norm_eps)).astype(x.dtype), x
+    )
     if activation is not None:
         z = _product(x, w, 1, 1 if transpose_w else 0, dtype)
         z = z if bias is None else z + bias.astype(dtype)
@@ -57,6 +65,7 @@ def backward(
     dz = dz.astype(x.dtype)
     dx = _product(dz, w, 1, 0 if transpose_w else 1, x.dtype)
     dw = _product(dz, x, 0, 0, w.dtype) if transpose_w else _product(x, dz, 0, 0, w.dtype)
+    (dx,) = normalize(dx)
     return dx, dw, dbias, None if residual is None else dout
 
 
