@@ -140,15 +140,21 @@ def answer_all(
     rows: int,
     cache_tokens: int | None,
 ) -> Timings:
-    """Answers the prompts of a file, whose texts for the model are `texts`; prints in their order, as soon as may be."""
+    """Answers the prompts of a file, which are `texts` to the model; prints in their order, each as soon as it can."""
     longest = max(len(tokenizer.encode(text, add_bos=settings["add_bos"])) for text in texts)
+    max_tokens = min(longest + max(1, settings["max_new_tokens"]), decoder.config.max_positions)
+    if cache_tokens is not None and cache_tokens < max_tokens:
+        raise ValueError(
+            f"--cache_tokens={cache_tokens} is less than the {max_tokens} tokens of the longest prompt and its answer: "
+            "raise it, or lower --max_new_tokens"
+        )
     batcher = ContinuousBatcher(
         decoder,
         tokenizer,
         max_rows=min(rows, len(texts)),
         num_pages=None if cache_tokens is None else -(-cache_tokens // PAGE_SIZE),
         page_size=PAGE_SIZE,
-        max_tokens=min(longest + max(1, settings["max_new_tokens"]), decoder.config.max_positions),
+        max_tokens=max_tokens,
     )
     requests = []
     for number, text in enumerate(texts):
