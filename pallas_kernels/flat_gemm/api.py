@@ -55,7 +55,8 @@ def flat_gemm(
 
     Args:
       x: [..., M, K], float32, bfloat16, float16 or float64. Products accumulate in float32 (float64), and bias,
-        activation and residual are applied before the one rounding to this dtype.
+        activation and residual are applied before the one rounding to this dtype. Kernels take up to 256 rows in all;
+        "auto" gives more to XLA.
       w: [K, N], or [N, K] with transpose_w; of x's dtype.
       bias: [N], of x's dtype.
       residual: [..., M, O], of x's dtype; added last.
@@ -66,7 +67,8 @@ def flat_gemm(
       config: tile sizes (an object of pallas_kernels.flat_gemm.config); None looks in the tuning tables.
 
     Returns:
-      [..., M, O] in the dtype of x. Differentiable in x, w, bias and residual, by ordinary matrix products.
+      [..., M, O] in the dtype of x. Differentiable (reverse mode) in x, w, bias and residual, by ordinary
+      matrix products.
 
     Raises:
       ValueError: shapes that do not fit, named by argument and axis letter; an unknown activation.
@@ -83,7 +85,7 @@ def flat_gemm(
     folded = None if residual is None else residual.reshape(-1, O)
     inputs = _Inputs(x.reshape(-1, x.shape[-1]), w, bias, folded)
     if choice.name == "reference":
-        out = choice.module.gemm(*inputs, activation=activation, transpose_w=transpose_w).astype(x.dtype)
+        out: Any = choice.module.gemm(*inputs, activation=activation, transpose_w=transpose_w).astype(x.dtype)
     else:
         plan = _Plan(choice, kernel_config, dispatch.choose(call.backward(), "xla"))
         out = _multiply(plan, vary_like(inputs, inputs))

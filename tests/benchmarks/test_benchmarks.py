@@ -275,6 +275,7 @@ def test_tables_are_written_between_markers(tmp_path):
         "after",
     ]
     assert table.fill(filled, tmp_path) == filled
+    assert "\nNot measured yet.\n" in table.fill(text.replace("flash", "decode"), tmp_path)
 
 
 def test_plot(tmp_path):
@@ -480,7 +481,7 @@ def test_driver_measures_what_has_no_gradient(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("shape", ["swiglu_3", "swiglu_columns_8", "silu_5", "leading_2_3", "plain_1"])
+@pytest.mark.parametrize("shape", ["swiglu_3", "silu_5", "leading_2_3"])
 def test_samples_of_a_product_are_parts_of_it(shape):
     operation = operations.OPERATIONS["flat_gemm"]
     arguments = operation.shapes[shape].make("float32", jax.random.key(0))

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The search for the crossings on curves that are known, and the look-up of what it found."""
 
-import importlib.resources
+import dataclasses
 import json
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import UnsupportedError, explain, flat_gemm
-from pallas_kernels.core import device, tuning
-from pallas_kernels.flat_gemm import api, dataflow, routes
+from pallas_kernels.core import device, dispatch, tuning
+from pallas_kernels.flat_gemm import api, dataflow, routes, xla
 from pallas_kernels.flat_gemm import config as config_lib
 from pallas_kernels.flat_gemm.config import MatrixConfig, VectorConfig
 from pallas_kernels.flat_gemm.routes import Crossings
-from pallas_kernels.flat_gemm.shapes import MODELS, SHAPES
+from pallas_kernels.flat_gemm.shapes import MODELS, SHAPES, Shape
 
 NEVER = routes.MOST_ROWS + 1
 
@@ -148,7 +151,7 @@ def test_what_a_refusal_says_to_try_is_what_auto_would_run(cache):
     """Where the table says C, "auto" does not ask the kernels at all."""
     put(cache / "user", {(12288, 4096): (2, 16)})
     with device.assume(device.H100), pytest.raises(UnsupportedError, match='would run "xla"'):
-        explain(flat_gemm, **SHAPES["llama2_7b_qkv_m16"].abstract(jnp.bfloat16), implementation="mosaic_tpu")[0].name
+        explain(flat_gemm, **SHAPES["llama2_7b_qkv_m16"].abstract(jnp.bfloat16), implementation="mosaic_tpu")
 
 
 def test_configurations_are_of_the_better_route(cache):
@@ -165,6 +168,64 @@ def test_configurations_are_of_the_better_route(cache):
         assert len(set(space)) == len(space) > 1
         assert {type(config) for config in space} == {kind}
         assert list(config_lib.search_space(call, device.H100, "xla")) == []
+
+
+def test_a_tuned_configuration_of_the_other_route_is_a_miss(cache):
+    put(cache / "user", {(12288, 4096): (2, 16)})
+    with device.assume(device.H100):
+        choice = explain(flat_gemm, **SHAPES["llama2_7b_qkv_m8"].abstract(jnp.bfloat16))[0]
+    choice = dataclasses.replace(choice, implementation="mosaic_gpu")
+    name = tuning.table_name(device.H100.kind, "flat_gemm", "mosaic_gpu")
+    for tuned, found in ((MatrixConfig(256), MatrixConfig(256)), (VectorConfig(), MatrixConfig(64, num_splits=1))):
+        stored = {tuning.key(choice.call, "mosaic_gpu"): dataclasses.asdict(tuned)}
+        with tuning.use(tuning.TuningResult({name: stored})):
+            assert tuning.resolve(choice, MatrixConfig, lambda *_: MatrixConfig(64)) == found
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Kernels that XLA plays, up to 16 rows. Lists the configurations that ran."""
+    ran = []
+
+    def supports(call, known):
+        return dispatch.Refusal("more than 16 rows") if call.sizes["M"] > 16 else None
+
+    def forward(x, w, bias, residual, *, activation, transpose_w, config):
+        ran.append((len(x), config))
+        return xla.forward(x, w, bias, residual, activation=activation, transpose_w=transpose_w)
+
+    module = types.ModuleType("pallas_kernels.flat_gemm.mosaic_gpu")
+    module.supports, module.forward = supports, forward
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    dispatch.load.cache_clear()
+    yield ran
+    dispatch.load.cache_clear()
+
+
+def test_a_named_kernel_takes_the_better_route(cache, kernels):
+    put(cache / "user", {(192, 256): (4, 1)}, part="float32,NK")
+    for M, kind in ((1, VectorConfig), (4, MatrixConfig)):
+        arguments = dataclasses.replace(SHAPES["plain_8"], M=M).make("float32", jax.random.key(0))
+        with device.assume(device.H100):
+            assert explain(flat_gemm, **arguments)[0].implementation == "xla"
+            out = flat_gemm(**arguments, implementation="mosaic_gpu")
+            assert type(kernels.pop()[1]) is kind
+            other = MatrixConfig(256) if kind is VectorConfig else VectorConfig(16)
+            flat_gemm(**arguments, implementation="mosaic_gpu", config=other)
+            assert kernels.pop()[1] == other
+        np.testing.assert_array_equal(out, flat_gemm(**arguments, implementation="xla"))
+
+
+def test_the_timer_runs_each_route_with_its_own_configuration(cache, kernels):
+    with device.assume(device.H100):
+        timer = dataflow.time_routes(Shape(1, 2048, 2048), "float32", method="wall", budget=0)
+        assert timer("B", 64) == math.inf
+        for route, kind in (("A", VectorConfig), ("B", MatrixConfig)):
+            assert 0 < timer(route, 4) < math.inf
+            assert {(M, type(config)) for M, config in kernels} == {(4, kind)}
+            kernels.clear()
+        assert 0 < timer("C", 64) < math.inf
+        assert kernels == []
 
 
 def test_the_program_profiles_prints_and_stores(cache, capsys, monkeypatch):
@@ -209,16 +270,13 @@ def test_weights_that_make_no_sense(capsys):
     assert "a weight is NxK, as 4096x11008, not 4096" in capsys.readouterr().err
 
 
-def test_shipped_tables_hold_what_their_curves_say():
-    root = importlib.resources.files("pallas_kernels") / "core" / "tuned"
-    files = (
-        [file for folder in root.iterdir() for file in folder.iterdir() if "dataflow" in file.name]
-        if root.is_dir()
-        else []
-    )
-    for file in files:
-        for part, weights in json.loads(file.read_text()).items():
-            assert part in {routes.key(dtype, t) for dtype in ("bfloat16", "float16", "float32") for t in (True, False)}
-            for weight, stored in weights.items():
-                found = dataflow.crossings(dataflow.curves_of(stored))
-                assert (stored["M1"], stored["M2"]) == (found.M1, found.M2), f"{file.name} {part} {weight}"
+SHIPPED = sorted(tuning._SHIPPED.glob("*/flat_gemm.dataflow.json"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.parent.name)
+def test_shipped_tables_hold_what_their_curves_say(file):
+    for part, weights in json.loads(file.read_text()).items():
+        assert part in {routes.key(dtype, t) for dtype in ("bfloat16", "float16", "float32") for t in (True, False)}
+        for weight, stored in weights.items():
+            found = dataflow.crossings(dataflow.curves_of(stored))
+            assert (stored["M1"], stored["M2"]) == (found.M1, found.M2), f"{part} {weight}"

@@ -74,6 +74,7 @@ def test_half_precision_sums_in_float32():
     """4096 products of 1 are lost beyond 256 in bfloat16, and the bias is added before the one rounding."""
     x, w, bias = jnp.ones((1, 4096), jnp.bfloat16), jnp.ones((4096, 8), jnp.bfloat16), jnp.full(8, -4095, jnp.bfloat16)
     for implementation in ("reference", "xla"):
+        np.testing.assert_array_equal(np.float32(flat_gemm(x, w, implementation=implementation)), 4096)
         # -4095 is -4096 in bfloat16.
         out = flat_gemm(x, w, bias=bias, implementation=implementation)
         np.testing.assert_array_equal(np.float32(out), 0)
