@@ -17,7 +17,6 @@ Exit codes: 0 done, 2 bad input (one line says what; `python -X dev infer.py` sh
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,11 +26,15 @@ from typing import Any
 import jax.numpy as jnp
 from absl import flags
 
+from models.batcher import ContinuousBatcher
 from models.checkpoint import load_model
+from models.decoder import Decoder
 from models.generate import GenerationResult, Generator, Timings
 from models.sampling import Sampling
+from models.tokenizer import Tokenizer
 from pallas_kernels.core import device
 
+PAGE_SIZE = 64  # tokens of a page of the cache that the prompts of a file share
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -54,9 +57,10 @@ def define_flags() -> flags.FlagValues:
     define("float", "min_p", None, "Draw from tokens at least min_p times as likely as the likeliest.")
     define("integer", "seed", 0, "The same seed gives the same text.")
     define("multi_string", "stop", [], "Text that ends the answer; may be given several times.")
-    define("integer", "batch_size", 8, "Prompts of a file that run together.")
+    define("integer", "batch_size", 8, "Prompts of a file that run at a time; when one is answered the next joins.")
+    define("integer", "cache_tokens", None, "Tokens that these hold together; by default batch_size of the longest.")
     define("enum", "dtype", None, _DTYPES, "Of weights and activations; by default bfloat16, on a CPU float32.")
-    define("string", "implementation", "auto", "Of attention: auto, or a name, or several separated by commas.")
+    define("string", "implementation", "auto", "Of attention: auto, or a name, or several in order, with commas.")
     define("bool", "help", False, "Show this.", short_name="h")
     return values
 
@@ -88,6 +92,8 @@ def run(options: flags.FlagValues) -> None:
         raise ValueError("--prompt and --prompt_file exclude each other: pass one of them")
     if options.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {options.batch_size}")
+    if options.cache_tokens is not None and options.cache_tokens < 1:
+        raise ValueError(f"--cache_tokens must be at least 1, got {options.cache_tokens}")
     conversation = options.prompt is None and options.prompt_file is None
     if conversation and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ValueError("no prompt: pass --prompt or --prompt_file (a conversation needs a terminal)")
@@ -100,8 +106,8 @@ def run(options: flags.FlagValues) -> None:
     names = options.implementation.split(",")
     implementation = tuple(names) if len(names) > 1 else names[0]
     model, tokenizer = load_model(options.checkpoint, dtype=dtype, implementation=implementation)
-    generator = Generator(model, tokenizer)
-    del model  # the generator has a copy of its own
+    decoder = Decoder.from_model(model)
+    del model  # the decoder is a copy of its weights
     settings = {
         "max_new_tokens": options.max_new_tokens,
         "sampling": sampling,
@@ -111,25 +117,61 @@ def run(options: flags.FlagValues) -> None:
     }
 
     if conversation:
-        Conversation(generator, settings, templated=options.chat).run()
+        Conversation(Generator(decoder, tokenizer), settings, templated=options.chat).run()
         return
     texts = prompts
     if options.chat:
         texts = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
     if options.prompt is not None:
-        result = generator.generate(texts, **settings, stream=show)
+        result = Generator(decoder, tokenizer).generate(texts, **settings, stream=show)
         print()
         print(summary(result.timings, str(dtype)), file=sys.stderr)
         return
-    timings = Timings()
-    for rows in itertools.batched(range(len(prompts)), options.batch_size):
-        # A prompt is its line number to the sampler: its answer does not depend on --batch_size.
-        result = generator.generate([texts[row] for row in rows], **settings, request_ids=rows)
-        for row, text, reason in zip(rows, result.texts, result.finish_reasons, strict=True):
-            answer = {"prompt": prompts[row], "text": text, "finish_reason": reason}
-            print(json.dumps(answer, ensure_ascii=False), flush=True)
-        timings += result.timings
+    timings = answer_all(decoder, tokenizer, prompts, texts, settings, options.batch_size, options.cache_tokens)
     print(summary(timings, str(dtype)), file=sys.stderr)
+
+
+def answer_all(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    settings: dict[str, Any],
+    rows: int,
+    cache_tokens: int | None,
+) -> Timings:
+    """Answers the prompts of a file, which are `texts` to the model; prints in their order, each as soon as it can."""
+    longest = max(len(tokenizer.encode(text, add_bos=settings["add_bos"])) for text in texts)
+    max_tokens = min(longest + max(1, settings["max_new_tokens"]), decoder.config.max_positions)
+    if cache_tokens is not None and cache_tokens < max_tokens:
+        raise ValueError(
+            f"--cache_tokens={cache_tokens} is less than the {max_tokens} tokens of the longest prompt and its answer: "
+            "raise it, or lower --max_new_tokens"
+        )
+    batcher = ContinuousBatcher(
+        decoder,
+        tokenizer,
+        max_rows=min(rows, len(texts)),
+        num_pages=None if cache_tokens is None else -(-cache_tokens // PAGE_SIZE),
+        page_size=PAGE_SIZE,
+        max_tokens=max_tokens,
+    )
+    requests = []
+    for number, text in enumerate(texts):
+        # A prompt is its number to the sampler: its answer does not depend on who runs beside it.
+        try:
+            requests.append(batcher.submit(text, **settings, request_id=number))
+        except ValueError as error:
+            raise ValueError(f"prompt {number} of the file: {error}") from error
+    printed = 0
+    while printed < len(requests):
+        batcher.step()
+        while printed < len(requests) and requests[printed].finished:
+            request = requests[printed]
+            answer = {"prompt": prompts[printed], "text": request.text, "finish_reason": request.finish_reason}
+            print(json.dumps(answer, ensure_ascii=False), flush=True)
+            printed += 1
+    return batcher.timings
 
 
 def read_prompts(path: Path) -> list[str]:

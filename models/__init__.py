@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models composed of the suite's functions, and what is needed to load, run and save them."""
 
+from models.batcher import ContinuousBatcher, Request
 from models.cache import KVCache
 from models.checkpoint import CheckpointError, load_model, save_checkpoint
 from models.decoder import Decoder
@@ -13,11 +14,13 @@ from models.tokenizer import Tokenizer
 __all__ = [
     "PRESETS",
     "CheckpointError",
+    "ContinuousBatcher",
     "Decoder",
     "Generator",
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "Request",
     "Sampling",
     "Tokenizer",
     "generate",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
 
-type FinishReason = Literal["stop_token", "stop_string", "length"]
+type FinishReason = Literal["stop_token", "stop_string", "length", "cancelled"]
 
 # Tokens of the prompt that are decoded along with the continuation: some tokenizers write a token without its
 # leading space where a text begins.
@@ -60,10 +60,10 @@ class Continuation:
             return end + 1
         return len(tokens)
 
-    def finish(self) -> None:
+    def finish(self, reason: FinishReason = "length") -> None:
         """Ends the row where it is, if nothing else did."""
         if self.live:
-            self._end("length", self._decode(len(self.tokens)))
+            self._end(reason, self._decode(len(self.tokens)))
 
     def piece(self) -> str:
         """The text that has become certain since the last call."""

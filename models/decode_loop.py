@@ -5,23 +5,33 @@
                                                                       logits = step(token), token = draw(logits)
 
 Both are jitted; what they are given besides shapes is data, so that no request compiles anything. The arrays of a State
-are donated: the cache is updated in place, and the State passed in is used up.
+are donated: the cache is updated in place, and the State passed in is used up. Shapes are rounded up to few sizes by
+`bucket`; the functions that do so are below.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.cache import KVCache
 from models.decoder import Decoder
+from models.paged_cache import PagedCache
 from models.sampling import request_keys, sample
 
 CHUNK = 32  # decode steps between two looks of the host at the tokens, at most
+STREAM_CHUNK = 4  # the same while streaming: few enough to read along
+SMALLEST_PROMPT_BUCKET = 32
+
+
+# --- Programs ------------------------------------------------------------------------------------------------
 
 
 @jax.tree_util.register_dataclass
@@ -50,12 +60,12 @@ class State:
     """A batch between two steps.
 
     Attributes:
-      cache: a KVCache or a PagedCache.
+      cache: of all rows.
       token: int32 [B], drawn last and not in the cache yet.
       count: int32 [B], tokens drawn so far.
     """
 
-    cache: Any
+    cache: KVCache | PagedCache
     token: jax.Array
     count: jax.Array
 
@@ -67,6 +77,12 @@ def prefill(decoder: Decoder, tokens, lengths, settings: Settings, *, cache_size
     `drawable`: tokens of this id and beyond are never drawn.
     """
     cache = KVCache.zeros(decoder.config, len(tokens), cache_size, decoder.dtype)
+    return _prefill(decoder, tokens, lengths, settings, cache, drawable)
+
+
+@functools.partial(jax.jit, static_argnames="drawable", donate_argnames="cache")
+def prefill_pages(decoder: Decoder, tokens, lengths, settings: Settings, cache: PagedCache, *, drawable: int) -> State:
+    """The same into the pages of `cache`, which has a row for each prompt and is used up."""
     return _prefill(decoder, tokens, lengths, settings, cache, drawable)
 
 
@@ -102,7 +118,42 @@ def decode(
 def _prefill(decoder: Decoder, tokens, lengths, settings: Settings, cache, drawable: int) -> State:
     hidden, cache = decoder.prefill(tokens, lengths, cache)
     # Only the last token of each row is asked for its logits: [B, T, V] would dwarf everything else.
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     keys = request_keys(settings.seeds, settings.request_ids)
     token = sample(decoder.logits(last)[:, :drawable], keys, 0, **settings.sampling)
     return State(cache, token, jnp.ones_like(token))
+
+
+def compile_seconds(call: functools.partial) -> float:
+    """Compiles a jitted call, if that was not done before, so that the call itself only runs; how long it took."""
+    start = time.perf_counter()
+    call.func.lower(*call.args, **call.keywords).compile()
+    return time.perf_counter() - start
+
+
+# --- Shapes --------------------------------------------------------------------------------------------------
+
+
+def bucket(size: int, smallest: int) -> int:
+    """The smallest power of two that is at least `size` and at least `smallest`, itself a power of two."""
+    return max(smallest, 1 << (size - 1).bit_length())
+
+
+def pad_prompts(encoded: list[list[int]], cache_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists as int32 [B, T], padded to a bucket on both axes, and their lengths int32 [B]; a row that only fills
+    the bucket has length 0."""
+    width = min(bucket(max(map(len, encoded)), SMALLEST_PROMPT_BUCKET), cache_size)
+    tokens = np.zeros((bucket(len(encoded), 1), width), np.int32)
+    lengths = np.zeros(len(tokens), np.int32)
+    for row, ids in enumerate(encoded):
+        tokens[row, : len(ids)] = ids
+        lengths[row] = len(ids)
+    return tokens, lengths
+
+
+def pad_stop_tokens(stop_tokens: Sequence[set[int]]) -> np.ndarray:
+    """int32 [B, n], n bucketed so that one stop token more rarely compiles anything; -1 is no token."""
+    padded = np.full((len(stop_tokens), bucket(max(1, *map(len, stop_tokens)), 8)), -1, np.int32)
+    for row, tokens in enumerate(stop_tokens):
+        padded[row, : len(tokens)] = sorted(tokens)
+    return padded

@@ -25,20 +25,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from models import decode_loop
+from models import checks, decode_loop
 from models.continuation import Continuation, FinishReason
-from models.decode_loop import CHUNK, Settings, State
+from models.decode_loop import (
+    CHUNK,
+    STREAM_CHUNK,
+    Settings,
+    State,
+    bucket,
+    compile_seconds,
+    pad_prompts,
+    pad_stop_tokens,
+)
 from models.decoder import Decoder
 from models.llama import Llama
-from models.sampling import Sampling, is_integer
+from models.sampling import Sampling
 
 if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
 
 type Stream = Callable[[int, str], object]
 
-STREAM_CHUNK = 4  # decode steps between two looks of the host while streaming: few enough to read along
-SMALLEST_PROMPT_BUCKET = 32
 SMALLEST_CACHE_BUCKET = 64
 
 
@@ -113,6 +120,11 @@ class Timings:
     decode_seconds: float = 0.0
     decode_bytes: int = 0
 
+    def count_decoded(self, decoder: Decoder, attended: int, taken: int) -> None:
+        """Counts `taken` tokens of a row, of which the first attended to `attended` tokens."""
+        self.decode_tokens += taken
+        self.decode_bytes += sum(map(decoder.attention_bytes, range(attended, attended + taken)))
+
     @property
     def prefill_tokens_per_second(self) -> float:
         return _rate(self.prefill_tokens, self.prefill_seconds)
@@ -177,16 +189,16 @@ class Generator:
           request_ids: an integer for each prompt; a row draws from (seed, its id). None numbers the rows 0,
             1, ...
         """
-        stop_set = {*self.tokenizer.eos_ids, *self._checked_stop_tokens(stop_tokens)}
-        stop = _checked_stop(stop)
-        encoded = self.encode(_checked_prompts(prompts), add_bos)
+        stop_set = {*self.tokenizer.eos_ids, *checks.checked_stop_tokens(stop_tokens, self.config)}
+        stop = checks.checked_stop(stop)
+        encoded = self.encode([prompts] if isinstance(prompts, str) else prompts, add_bos)
         size = self._cache_size([len(ids) for ids in encoded], max_new_tokens, cache_size)
-        tokens, lengths = _padded(encoded, size)
+        tokens, lengths = pad_prompts(encoded, size)
         settings = Settings(
-            seeds=_checked_seed(seed),
+            seeds=checks.checked_seed(seed),
             request_ids=_padded_request_ids(request_ids, len(encoded), len(tokens)),
             sampling=(sampling or Sampling()).arrays(),
-            stop_tokens=_padded_stop_tokens(stop_set),
+            stop_tokens=pad_stop_tokens([stop_set])[0],
             limits=np.int32(max_new_tokens),
         )
         rows = [Continuation(self.tokenizer, ids, stop_set, stop) for ids in encoded]
@@ -212,25 +224,18 @@ class Generator:
 
     def encode(self, prompts: Sequence[str], add_bos: bool = False) -> list[list[int]]:
         """Token ids of each prompt; ValueError for a prompt without any, or with ids beyond the model's."""
-        encoded = [list(self.tokenizer.encode(prompt, add_bos=add_bos)) for prompt in prompts]
-        for row, ids in enumerate(encoded):
-            if not ids:
-                raise ValueError(
-                    f"prompt {row} is empty ({prompts[row]!r}), but a model needs one token to begin with: "
-                    "pass some text, or add_bos=True if the tokenizer has a beginning-of-text token"
-                )
-            if max(ids) >= self.config.vocab_size:
-                raise ValueError(
-                    f"prompt {row} encodes to token {max(ids)}, but the model has vocab_size="
-                    f"{self.config.vocab_size}: this tokenizer does not belong to this model"
-                )
-        return encoded
+        if not len(prompts):
+            raise ValueError("prompts is empty: pass a string, or a sequence of at least one string")
+        return [
+            checks.encoded_prompt(self.tokenizer, self.config, prompt, add_bos, f"prompt {row}")
+            for row, prompt in enumerate(prompts)
+        ]
 
     def _prefill(self, tokens, lengths, settings: Settings, size: int, rows, timings: Timings) -> State:
         """The state after the prompts; gives each row its first token."""
         call = functools.partial(decode_loop.prefill, self.decoder, tokens, lengths, settings)
         call = functools.partial(call, cache_size=size, drawable=self._drawable)
-        timings.compile_seconds += _compile(call)
+        timings.compile_seconds += compile_seconds(call)
         start = time.perf_counter()
         state = call()
         first = np.asarray(state.token)  # waits for the device
@@ -246,7 +251,7 @@ class Generator:
         call = functools.partial(decode_loop.decode, self.decoder, state, done, np.int32(steps), settings)
         call = functools.partial(call, drawable=self._drawable)
         if not timings.decode_seconds:  # the first of the call; the others have the same shapes
-            timings.compile_seconds += _compile(call)
+            timings.compile_seconds += compile_seconds(call)
         start = time.perf_counter()
         state, drawn, ran = call()
         drawn, ran = np.asarray(drawn), int(ran)
@@ -255,51 +260,23 @@ class Generator:
         for row, columns in zip(rows, drawn[:, :ran].tolist(), strict=False):
             if row.live:
                 attended = row.length  # tokens that the first of these steps attends to
-                taken = row.extend(columns)
-                timings.decode_tokens += taken
-                timings.decode_bytes += sum(map(self.decoder.attention_bytes, range(attended, attended + taken)))
+                timings.count_decoded(self.decoder, attended, row.extend(columns))
         return state
 
     def _cache_size(self, lengths: list[int], max_new_tokens: int, requested: int | None) -> int:
         """S: what was asked for, or the bucket of the longest row. ValueError if a row does not fit."""
-        if not is_integer(max_new_tokens) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
-        if requested is not None and (not is_integer(requested) or requested < 1):
-            raise ValueError(f"cache_size must be an integer >= 1, or None, got {requested!r}")
+        checks.check_count("max_new_tokens", max_new_tokens)
+        checks.check_count("cache_size", requested, optional=True)
         positions = self.config.max_positions
         limit = min(requested or positions, positions)
+        room = f"cache_size={limit}" if limit < positions else f"the model's max_positions={limit}"
         for row, length in enumerate(lengths):
             total = length + max_new_tokens
-            if total <= limit:
-                continue
-            fixes = []
-            if max_new_tokens < limit:
-                fixes.append(f"shorten the prompt to {limit - max_new_tokens} tokens")
-            if length < limit:
-                fixes.append(f"lower max_new_tokens to {limit - length}")
-            if total <= positions:
-                fixes.append(f"raise cache_size to {total}")
-            room = f"cache_size={limit}" if limit < positions else f"the model's max_positions={limit}"
-            raise ValueError(
-                f"prompt {row} has {length} tokens and with max_new_tokens={max_new_tokens} needs {total}, "
-                f"more than {room}: {', or '.join(fixes) or 'shorten the prompt and lower max_new_tokens'}"
-            )
+            raised = f"raise cache_size to {total}" if total <= positions else None
+            checks.check_fits(length, max_new_tokens, limit, room, raised=raised, name=f"prompt {row}")
         if requested:
             return limit
-        return min(_bucket(max(lengths) + max_new_tokens, SMALLEST_CACHE_BUCKET), limit)
-
-    def _checked_stop_tokens(self, stop_tokens: Sequence[int]) -> Sequence[int]:
-        for token in stop_tokens:
-            if not (is_integer(token) and 0 <= token < self.config.vocab_size):
-                raise ValueError(f"stop_tokens must be ids in [0, {self.config.vocab_size}), got {token!r}")
-        return stop_tokens
-
-
-def _compile(call: functools.partial) -> float:
-    """Compiles a jitted call, if that was not done before, so that the call itself only runs; the seconds."""
-    start = time.perf_counter()
-    call.func.lower(*call.args, **call.keywords).compile()
-    return time.perf_counter() - start
+        return min(bucket(max(lengths) + max_new_tokens, SMALLEST_CACHE_BUCKET), limit)
 
 
 def _emit(rows: list[Continuation], stream: Stream | None) -> None:
@@ -310,58 +287,11 @@ def _emit(rows: list[Continuation], stream: Stream | None) -> None:
             stream(index, piece)
 
 
-def _bucket(size: int, smallest: int) -> int:
-    """The smallest power of two that is at least `size` and at least `smallest`, itself a power of two."""
-    return max(smallest, 1 << (size - 1).bit_length())
-
-
-def _padded(encoded: list[list[int]], cache_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists as int32 [B, T], padded to a bucket on both axes, and their lengths int32 [B]."""
-    width = min(_bucket(max(map(len, encoded)), SMALLEST_PROMPT_BUCKET), cache_size)
-    tokens = np.zeros((_bucket(len(encoded), 1), width), np.int32)
-    lengths = np.ones(len(tokens), np.int32)  # a row that only fills the bucket counts as one token
-    for row, ids in enumerate(encoded):
-        tokens[row, : len(ids)] = ids
-        lengths[row] = len(ids)
-    return tokens, lengths
-
-
 def _padded_request_ids(request_ids: Sequence[int] | None, count: int, batch: int) -> np.ndarray:
     ids = range(count) if request_ids is None else request_ids
     if len(ids) != count:
         raise ValueError(f"request_ids must give one id to each of the {count} prompts, got {len(ids)}")
     return np.resize(np.asarray(ids, np.int32), batch)
-
-
-def _padded_stop_tokens(stop_tokens: set[int]) -> np.ndarray:
-    """int32 of bucketed length, so that one stop token more rarely compiles anything; -1 is no token."""
-    padded = np.full(_bucket(max(1, len(stop_tokens)), 8), -1, np.int32)
-    padded[: len(stop_tokens)] = sorted(stop_tokens)
-    return padded
-
-
-def _checked_prompts(prompts: str | Sequence[str]) -> list[str]:
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("prompts is empty: pass a string, or a sequence of at least one string")
-    for row, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompts must be a string or a sequence of strings, but prompt {row} is {prompt!r}")
-    return prompts
-
-
-def _checked_stop(stop: str | Sequence[str]) -> tuple[str, ...]:
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    for string in stop:
-        if not isinstance(string, str) or not string:
-            raise ValueError(f"stop must hold strings of at least one character, got {string!r}")
-    return stop
-
-
-def _checked_seed(seed: int) -> np.uint32:
-    if not (is_integer(seed) and 0 <= seed < 2**32):
-        raise ValueError(f"seed must be an integer in [0, 2**32), got {seed!r}")
-    return np.uint32(seed)
 
 
 def _rate(amount: int, seconds: float) -> float:

@@ -20,6 +20,7 @@ switching a filter on (None to a number) does, because a sampler without filters
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,6 +63,22 @@ class Sampling:
             "top_p": None if self.top_p is None else np.asarray(self.top_p, np.float32),
             "min_p": None if self.min_p is None else np.asarray(self.min_p, np.float32),
         }
+
+
+def stacked_arrays(settings: Sequence[Sampling]) -> dict[str, Any]:
+    """The keyword arguments of `sample` for rows that each have settings of their own, [B] each.
+
+    Where no row has a filter there is none, as there is then no sort; otherwise a row without one gets one that keeps
+    everything.
+    """
+    nothing = {"top_k": np.iinfo(np.int32).max, "top_p": 1.0, "min_p": 0.0}
+    arrays: dict[str, Any] = {"temperature": np.asarray([each.temperature for each in settings], np.float32)}
+    filtered = any(getattr(each, name) is not None for each in settings for name in nothing)
+    for name, neutral in nothing.items():
+        values = [each.arrays()[name] for each in settings]
+        kind = np.int32 if name == "top_k" else np.float32
+        arrays[name] = np.asarray([neutral if v is None else v for v in values], kind) if filtered else None
+    return arrays
 
 
 def request_keys(seed: jax.typing.ArrayLike, request_ids: jax.typing.ArrayLike) -> jax.Array:

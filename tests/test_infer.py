@@ -79,6 +79,25 @@ def test_every_line_of_a_file_is_answered_whatever_the_batch(run, tmp_path):
     assert run(f"--prompt_file={objects}", "--batch_size=1", *flags)[1] == out
 
 
+def test_a_small_cache_makes_prompts_wait_and_one_too_small_is_refused(run, tmp_path):
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("\n".join("a" * length for length in (60, 3, 40, 1)))
+    code, out, _ = run(f"--prompt_file={lines}", "--max_new_tokens=8")
+    assert (code, out.count("\n")) == (0, 4)
+    assert run(f"--prompt_file={lines}", "--max_new_tokens=8", "--cache_tokens=100")[:2] == (0, out)
+    code, out, err = run(f"--prompt_file={lines}", "--max_new_tokens=8", "--cache_tokens=67")
+    assert (code, out) == (2, "")
+    assert err.startswith("infer.py: --cache_tokens=67 is less than the 68 tokens of the longest prompt and its answer")
+
+
+def test_a_prompt_of_a_file_that_cannot_be_answered_is_named(run, tmp_path):
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("one\n" + "a" * 200)
+    code, out, err = run(f"--prompt_file={lines}", "--max_new_tokens=8")
+    assert (code, out) == (2, "")
+    assert "prompt 1 of the file: the prompt has 200 tokens and with max_new_tokens=8 needs 208, more than the" in err
+
+
 def test_the_chat_template_is_applied_when_asked_for(run, checkpoint):
     model, tokenizer = load_model(checkpoint)
     expected = generate(model, tokenizer, "[user] hi\n[assistant] ", 6)[0]
@@ -142,6 +161,7 @@ def test_help_lists_the_flags(run):
         (["--prompt=a", "--top_p=2"], "top_p must be in (0, 1], or None for no limit, got 2.0"),
         (["--prompt=a", "--dtype=int8"], "value should be one of <float32|bfloat16|float16>"),
         (["--prompt=a", "--batch_size=0"], "--batch_size must be at least 1, got 0"),
+        (["--prompt=a", "--cache_tokens=0"], "--cache_tokens must be at least 1, got 0"),
         (["--prompt=a", "--max_new_tokens=0"], "max_new_tokens must be an integer >= 1, got 0"),
         (["--prompt=", "--max_new_tokens=4"], "prompt 0 is empty"),
         (["--prompt=a", "--max_new_tokens=400"], "more than the model's max_positions=128"),

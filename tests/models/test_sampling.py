@@ -126,6 +126,29 @@ def test_randomness_belongs_to_the_request():
     assert len({draws([4])[0], draws([5])[0], draws([4], seed=1)[0], draws([4], step=1)[0]}) == 4
 
 
+def test_each_row_may_have_a_seed_and_a_step_of_its_own():
+    keys = request_keys(jnp.asarray([0, 9]), jnp.asarray([5, 5]))
+    logits = jnp.zeros((2, 10_000))
+    together = sample(logits, keys, jnp.asarray([3, 1]), temperature=1.0).tolist()
+    for row, (seed, step) in enumerate([(0, 3), (9, 1)]):
+        own = step_keys(request_keys(seed, jnp.asarray([5])), step)
+        assert sample(logits[:1], own, temperature=1.0).tolist() == [together[row]]
+
+
+def test_greedy_rows_cost_an_argmax_only():
+    """No sort, no noise and no keys where no row draws: all of that is in the other branch."""
+    settings = Sampling(0.0, 5, 0.9, 0.1).arrays()
+    keys = request_keys(0, jnp.arange(2))
+    traced = jax.make_jaxpr(lambda logits, keys: sample(logits, keys, 3, **settings))(jnp.zeros((2, 100)), keys)
+    outside = {equation.primitive.name for equation in traced.eqns}
+    [choice] = [equation for equation in traced.eqns if equation.primitive.name == "cond"]
+    greedy, drawing = ({e.primitive.name for e in branch.eqns} for branch in choice.params["branches"])
+    assert greedy == {"argmax"}
+    assert outside <= {"gt", "reduce_or", "convert_element_type", "cond"}
+    assert "argmax" not in outside
+    assert len(drawing) > 10
+
+
 def test_changing_a_setting_compiles_nothing(compilations):
     logits, keys = jnp.zeros((2, 8)), request_keys(0, jnp.arange(2))
     run = jax.jit(sample)
