@@ -2,16 +2,15 @@
 """A Llama made ready to generate: weights fused and laid out for flat products, layers unrolled, attention to a cache.
 
     one layer, R rows of x           weights, all stored [outputs, inputs]
-      h = norm(x)
-      q, k, v = h qkv^T + bias       qkv      [(N + 2K) H, D]    query, key and value heads
+      q, k, v = norm(x) qkv^T + bias qkv      [(N + 2K) H, D]    query, key and value heads
       rotate q, k; k, v -> cache
       x = x + attention out^T        out      [D, N H]           the sum is part of the product
-      h = norm(x)
-      g = silu(gate h) * up h        gate_up  [2F, D]            gate rows, then up rows; one product
+      g = silu(gate h) * up h        gate_up  [2F, D]            h = norm(x); gate rows, then up rows; one product
       x = x + g down^T               down     [D, F]
 
 Training scans over stacked layers (llama.py). Here that would copy every layer's slice of the weights and of the cache
 before a kernel reads it, three times the bytes; so each layer has arrays of its own and the loop over them is Python's.
+The learned scales of the norms are multiplied into the weights that follow, and the norms done within their products.
 The function of a layer is jitted, so that a program of 32 layers is traced and lowered as one.
 
 Letters as in layers.py, V vocabulary size.
@@ -44,14 +43,12 @@ AnyCache = TypeVar("AnyCache", KVCache, "PagedCache")
 class LayerWeights:
     """One layer's weights, as drawn above; biases, query_norm and key_norm [H] are None in models without them."""
 
-    attention_norm: jax.Array
     qkv: jax.Array
     qkv_bias: jax.Array | None
     query_norm: jax.Array | None
     key_norm: jax.Array | None
     out: jax.Array
     out_bias: jax.Array | None
-    mlp_norm: jax.Array
     gate_up: jax.Array
     down: jax.Array
 
@@ -240,9 +237,8 @@ def _heads(options: _Options, weights: LayerWeights, x, rope) -> tuple[jax.Array
     """Rotated queries [..., N, H], rotated keys and values [..., K, H] of x [..., D]."""
     config = options.config
     N, K, H, eps = config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps
-    h = rms_norm(x, weights.attention_norm, eps)
-    heads = _product(options, h, weights.qkv, bias=weights.qkv_bias).reshape(*x.shape[:-1], N + 2 * K, H)
-    query, key, value = jnp.split(heads, (N, N + K), axis=-2)
+    heads = _product(options, x, weights.qkv, bias=weights.qkv_bias, rms_norm_eps=eps)
+    query, key, value = jnp.split(heads.reshape(*x.shape[:-1], N + 2 * K, H), (N, N + K), axis=-2)
     if weights.query_norm is not None and weights.key_norm is not None:
         query, key = rms_norm(query, weights.query_norm, eps), rms_norm(key, weights.key_norm, eps)
     return rotate(query, rope), rotate(key, rope), value
@@ -252,8 +248,7 @@ def _after_attention(options: _Options, weights: LayerWeights, x: jax.Array, att
     """The rest of the block: output projection and feed-forward, both added to the residual stream x [..., D]."""
     attended = attended.reshape(*x.shape[:-1], -1)
     x = _product(options, attended, weights.out, bias=weights.out_bias, residual=x)
-    h = rms_norm(x, weights.mlp_norm, options.config.norm_eps)
-    h = _product(options, h, weights.gate_up, activation="swiglu")
+    h = _product(options, x, weights.gate_up, activation="swiglu", rms_norm_eps=options.config.norm_eps)
     return _product(options, h, weights.down, residual=x)
 
 
@@ -272,9 +267,10 @@ def _fused(graphdef: nnx.GraphDef[Block], stacked: nnx.State, layer: int, dtype:
     attention, mlp = block.attention, block.mlp
     projections = (attention.query, attention.key, attention.value)
 
-    def rows(*linears: nnx.Linear) -> jax.Array:
-        """[outputs, inputs] of layers of one input, one below the other."""
-        return jnp.concatenate([linear.kernel[...].T for linear in linears])
+    def rows(*linears: nnx.Linear, norm: RMSNorm | None = None) -> jax.Array:
+        """[outputs, inputs] of layers of one input, one below the other, with the scale of the norm before them."""
+        weight = jnp.concatenate([linear.kernel[...].T for linear in linears])
+        return weight if norm is None else weight * norm.scale[...].astype(jnp.promote_types(weight.dtype, jnp.float32))
 
     def biases(*linears: nnx.Linear) -> jax.Array | None:
         return jnp.concatenate([l.bias[...] for l in linears if l.bias is not None]) if linears[0].use_bias else None
@@ -283,15 +279,13 @@ def _fused(graphdef: nnx.GraphDef[Block], stacked: nnx.State, layer: int, dtype:
         return None if norm is None else norm.scale[...]
 
     weights = LayerWeights(
-        attention_norm=block.attention_norm.scale[...],
-        qkv=rows(*projections),
+        qkv=rows(*projections, norm=block.attention_norm),
         qkv_bias=biases(*projections),
         query_norm=scale(attention.query_norm),
         key_norm=scale(attention.key_norm),
         out=rows(attention.out),
         out_bias=biases(attention.out),
-        mlp_norm=block.mlp_norm.scale[...],
-        gate_up=rows(mlp.gate, mlp.up),
+        gate_up=rows(mlp.gate, mlp.up, norm=block.mlp_norm),
         down=rows(mlp.down),
     )
     return jax.tree.map(lambda leaf: leaf.astype(dtype), weights)

@@ -150,9 +150,11 @@ def rope_tables(
 
 def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates x [..., heads, H]; dimension i pairs with i + H/2 (the Hugging Face convention)."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    cos, sin = (table[..., None, :] for table in rope)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    # XLA fuses a reversal with what comes next, but not a concatenation of halves.
+    sign = jnp.asarray([-1, 1], jnp.float32)[:, None]
+    return (halves * cos + jnp.flip(halves, -2) * (sign * sin)).reshape(x.shape).astype(x.dtype)
 
 
 # --- Norm, mask, logits -------------------------------------------------------------------------------------

@@ -33,10 +33,8 @@ def forward(
     """[M, N] (N / 2 for swiglu) in the dtype of x, of x [M, K] and w [K, N] ([N, K])."""
     # Libraries sum in float32 whatever they write; what nothing is done to afterwards need not be written in float32.
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    plain = bias is None and residual is None and activation is None and rms_norm_eps is None
-    z = _product(x, w, 1, 1 if transpose_w else 0, x.dtype if plain else dtype)
-    if rms_norm_eps is not None:
-        z = z * scale_of_rows(x.astype(dtype), rms_norm_eps)  # of a row: it may as well follow the product
+    plain = bias is None and residual is None and activation is None
+    z = _product(_normalized(x, rms_norm_eps), w, 1, 1 if transpose_w else 0, x.dtype if plain else dtype)
     return epilogue(z, bias, residual, activation).astype(x.dtype)
 
 
@@ -54,9 +52,7 @@ def backward(
     """Gradients of x, w, bias and residual, for that of the output."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     dz = dout.astype(dtype)
-    x, normalize = jax.vjp(
-        lambda x: (x.astype(dtype) * scale_of_rows(x.astype(dtype), rms_norm_eps)).astype(x.dtype), x
-    )
+    x, normalize = jax.vjp(lambda x: _normalized(x, rms_norm_eps), x)
     if activation is not None:
         z = _product(x, w, 1, 1 if transpose_w else 0, dtype)
         z = z if bias is None else z + bias.astype(dtype)
@@ -67,6 +63,13 @@ def backward(
     dw = _product(dz, x, 0, 0, w.dtype) if transpose_w else _product(x, dz, 0, 0, w.dtype)
     (dx,) = normalize(dx)
     return dx, dw, dbias, None if residual is None else dout
+
+
+def _normalized(x: jax.Array, rms_norm_eps: float | None) -> jax.Array:
+    if rms_norm_eps is None:
+        return x
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * scale_of_rows(wide, rms_norm_eps)).astype(x.dtype)
 
 
 def _product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype) -> jax.Array:
