@@ -34,7 +34,7 @@ from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, store, swizzle_bytes, tile_memory
 from pallas_kernels.flat_gemm.config import Config, MatrixConfig, VectorConfig, outputs
-from pallas_kernels.flat_gemm.routes import ARCHS, MOST_ROWS
+from pallas_kernels.flat_gemm.routes import ARCHS, MOST_ROWS, MOST_VECTOR_ROWS
 
 Ref = Any
 WIDE = 64  # rows of the wide operand of a product
@@ -74,6 +74,8 @@ def forward(
     if isinstance(config, VectorConfig):
         if not transpose_w:
             raise ValueError(f"flat_gemm: route A takes a weight [N, K] (transpose_w=True), got [K, N] and {config}.")
+        if M > MOST_VECTOR_ROWS:
+            raise ValueError(f"flat_gemm: route A takes {MOST_VECTOR_ROWS} rows, got M={M} and {config}.")
         route: type[_Route] = _Vectors
     else:
         route = _Wgmma if hopper else _Mma

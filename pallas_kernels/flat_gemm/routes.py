@@ -26,6 +26,8 @@ from pallas_kernels.core.dispatch import Call
 
 # Kernels take so many rows; beyond there is C alone.
 MOST_ROWS = 256
+# More do not fit the registers of route A.
+MOST_VECTOR_ROWS = 8
 # M1 and M2 where there is no table: on Hopper nothing is padded.
 _UNMEASURED = {"sm90": (3, 129)}
 ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
@@ -71,7 +73,7 @@ class Crossings:
 
     def kernel(self, M: int) -> str:
         """The better of both kernels."""
-        return "A" if M < self.M1 else "B"
+        return "A" if M < self.M1 and M <= MOST_VECTOR_ROWS else "B"
 
     def route(self, M: int) -> str:
         return "C" if M >= self.M2 else self.kernel(M)
