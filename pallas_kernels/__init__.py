@@ -4,9 +4,20 @@
 from pallas_kernels import masks
 from pallas_kernels.core.check import UnsupportedError
 from pallas_kernels.core.dispatch import explain
+from pallas_kernels.core.softmax import SoftmaxStats, UnifiedMax
 from pallas_kernels.decode_attention.api import decode_attention
-from pallas_kernels.decode_attention.softmax import DecodeStats, UnifiedMax
 from pallas_kernels.flash_attention.api import flash_attention
 
-__all__ = ["DecodeStats", "UnifiedMax", "UnsupportedError", "decode_attention", "explain", "flash_attention", "masks"]
+__all__ = [
+    "DecodeStats",
+    "SoftmaxStats",
+    "UnifiedMax",
+    "UnsupportedError",
+    "decode_attention",
+    "explain",
+    "flash_attention",
+    "masks",
+]
 __version__ = "0.1.0"
+
+DecodeStats = SoftmaxStats  # the name it had while only decode_attention returned it
