@@ -260,7 +260,7 @@ X = jnp.ones((1, 8, 2, 64), jnp.bfloat16)
             "an asynchronous softmax has weights beyond the range of float16; use bfl",
         ),
         (
-            V5E,
+            device.TPU_V5E,
             "mosaic_tpu",
             "bfloat16",
             "its softmax is online; unified_max has kernels for NVIDIA Hopper GPUs, and ru",
