@@ -3,10 +3,10 @@
 
     python -m benchmarks.unified_max --checkpoint=smollm2 --calibration=calibration.json --data=python
 
-Runs a model over documents that it was not calibrated on (models/calibrate.py), and gives the queries, keys and
-values of each layer to `flash_attention` (all rows) and `decode_attention` (some rows as newest tokens), with the asynchronous
-softmax and with the online one. Errors are against the specification in float64 of the same inputs: their root mean
-square over that of the output, and the largest over the largest output. Needs no accelerator; prints Markdown.
+Runs a model over documents that it was not calibrated on (models/calibrate.py), and gives the queries, keys and values
+of each layer to `flash_attention` (all rows) and to `decode_attention` (some rows as newest tokens), with the
+asynchronous softmax and with the online one. Errors are against the specification in float64 of the same inputs: their
+root mean square over that of the output, and the largest over the largest output. Needs no accelerator.
 """
 
 import argparse

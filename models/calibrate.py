@@ -214,6 +214,7 @@ def attention_inputs(model: Llama, row: Mapping[str, np.ndarray]) -> Iterator[At
     rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
     window = config.sliding_window
     mask = (masks.Causal() if window is None else masks.Window(window - 1, 0)) & masks.Segments(segments, segments)
+    mask = mask & masks.Lengths(jnp.count_nonzero(segments, axis=1))  # segment 0 is padding, at the end of a row
     graphdef, stacked = nnx.split(model.blocks)
     x = model.embed(tokens).astype(model.dtype)
     for layer in range(config.num_layers):
@@ -273,8 +274,9 @@ def measure(model: Llama, rows: Iterable[Mapping[str, np.ndarray]], source: str)
                 lowest[layer], highest[layer] = np.minimum(lowest[layer], low), np.maximum(highest[layer], high)
                 counts[layer] += histogram.sum(0)
                 progress.update()
-    if not np.isfinite([lowest, highest]).all():
-        layer = int(np.argmin(np.isfinite(lowest + highest).all(1)))
+    finite = np.isfinite([lowest, highest]).all((0, 2))
+    if not finite.all():
+        layer = int(np.argmin(finite))
         raise CalibrationError(f"the logits of layer {layer} are not all finite: the model, or the text, is broken")
     layers = tuple(
         LayerLogits(tuple(map(float, low)), tuple(map(float, high)), interval(histogram))
@@ -297,7 +299,7 @@ def text_rows(data: str, tokenizer: Any, vocab_size: int, tokens: int, length: i
     """Packed rows of `length` tokens, `tokens` of them in all, spread over the data."""
     rows = PackedRows(load_documents(data, tokenizer, vocab_size=vocab_size), length)
     wanted = min(len(rows), max(1, tokens // length))
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, wanted).astype(int)]
+    return [rows[i * len(rows) // wanted] for i in range(wanted)]
 
 
 def default_file(checkpoint: str) -> Path:

@@ -227,7 +227,7 @@ _SM90_SHAPES = {
     "asynchronous_d128_causal_2k": True,
     "asynchronous_d64_full_2k": True,
     "asynchronous_d64_causal_8k": True,
-    "asynchronous_140_270": True,
+    "asynchronous_140_150": True,
 }
 
 # Forward and backward together. Where it is False a masking loop spills: 64-wide heads with a mask, much in the mask.
