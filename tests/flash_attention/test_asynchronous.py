@@ -26,7 +26,7 @@ TWO_SMS = dataclasses.replace(device.H100, num_cores=2)
 # Several tiles of rows and of keys in every implementation.
 T, S, H = 140, 150, 64
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
-pytestmark = pytest.mark.timeout(120, method="thread")
+pytestmark = pytest.mark.timeout(240, method="thread")
 
 
 def run(implementation: str, arguments: dict, **options):
