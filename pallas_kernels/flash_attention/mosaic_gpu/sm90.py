@@ -170,11 +170,9 @@ class _Launch:
         if unified_max is None:
             leaves, tree = jax.tree.flatten((self.ops, self.work, None))
             return _kernel(self, tree, None, self.out_type)(*leaves)
-        # Any constant gives the same softmax. Halfway between the bounds, one comparison with |x - c| sees to both.
-        middle, half = (unified_max.high + unified_max.low) / 2, (unified_max.high - unified_max.low) / 2
-        center = (unified_max.per_head(self.plane.N) + middle) * LOG2E
-        leaves, tree = jax.tree.flatten((self.ops, self.work, center))
-        return _kernel(self, tree, half * LOG2E, (*self.out_type, self.out_type[1]))(*leaves)
+        leaves, tree = jax.tree.flatten((self.ops, self.work, unified_max.per_head(self.plane.N)))
+        bounds = unified_max.low, unified_max.high
+        return _kernel(self, tree, bounds, (*self.out_type, self.out_type[1]))(*leaves)
 
     def again(self, bad: jax.Array, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Output and LSE where the tiles that hold a bad row, [B, N, T], come from an online softmax."""
@@ -215,12 +213,14 @@ def _launch(query, key, value, bias, sink, mask, scale, soft_cap, config: Sm90Co
     return _Launch(plane, schedule, ops, work, config, num_sms)
 
 
-def _kernel(launch: _Launch, tree: Any, half: float | None, out_type: Sequence[jax.ShapeDtypeStruct]) -> Callable:
-    """The kernel. Its arguments are the leaves of `tree`: operands, work, and the constants c of an asynchronous
-    softmax, [N]; and, if there is no `out_type`, where output and LSE go.
+def _kernel(
+    launch: _Launch, tree: Any, bounds: tuple[float, float] | None, out_type: Sequence[jax.ShapeDtypeStruct]
+) -> Callable:
+    """The kernel. Its arguments are the leaves of `tree`: operands, work, and phi of an asynchronous softmax, [N]; and,
+    if there is no `out_type`, where output and LSE go.
 
     Args:
-      half: logits that are so far from c, both in base 2, are out of bounds; None means an online softmax.
+      bounds: how far logits may be below and above phi; None means an online softmax.
     """
     plane, schedule, config, num_sms = launch.plane, launch.schedule, launch.config, launch.num_sms
     consumers, stages, block_k, block_q = config.consumers, config.stages, config.block_k, launch.block_q
@@ -228,10 +228,12 @@ def _kernel(launch: _Launch, tree: Any, half: float | None, out_type: Sequence[j
     N, H, Hv, unit = plane.N, plane.H, plane.Hv, plane.unit
     masks = work_lib.some_mixed(schedule)
     guard = masks or plane.has_bias  # whether a row may see nothing but -inf
+    asynchronous = bounds is not None
+    low, high = bounds or (0.0, 0.0)
 
     def flash_attention_sm90(*refs):
         inputs, refs = refs[: tree.num_leaves], refs[tree.num_leaves :]
-        ops, work, center_gmem = tree.unflatten(inputs)
+        ops, work, phi_gmem = tree.unflatten(inputs)
         (out_gmem, lse_gmem, *bad_gmem), scratch = refs[:-SCRATCH], refs[-SCRATCH:]
         shared = _Shared(*scratch)
         me, walk = lax.axis_index("warpgroup"), work_lib.Walk(work, schedule, N, 1, lax.axis_index("sm"))
@@ -302,11 +304,11 @@ def _kernel(launch: _Launch, tree: Any, half: float | None, out_type: Sequence[j
                     first_row = item.row * block_q + me * R + zero_of_step(col + i)
                     at = At(item.b, item.n, first_row, col * block_k)
                     x, _ = plane.logits(x, ops, at, masked)
-                if half is None:
+                if not asynchronous:
                     return online(x, m, l, first)
-                return *asynchronous(x, m, l, center, hides=masked or plane.has_bias), ()
+                return *around(center, x, m, l, hides=masked or plane.has_bias), ()
 
-            def asynchronous(x, m, l, center, hides):
+            def around(center, x, m, l, hides):
                 x = x * unit - center
                 distance = jnp.abs(x)
                 if hides:
@@ -339,13 +341,14 @@ def _kernel(launch: _Launch, tree: Any, half: float | None, out_type: Sequence[j
             def do(item, carry):
                 items, step = carry
                 b, n, row, live, *_ = item
-                center = None if half is None else center_gmem[n]
+                # Any constant gives the same softmax. Halfway between the bounds, one maximum of |x - c| sees to both.
+                center = (phi_gmem[n] + (low + high) / 2) * LOG2E if asynchronous else None
                 q_slot = lax.rem(items, q_stages)
                 q = shared.q.at[q_slot, pl.ds(me * R, R)]
                 if out_in_q and q_stages == 1:
                     free_queries_before(items)
                 l = plgpu.layout_cast(jnp.zeros((R, 8), jnp.float32), TILE)
-                m = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), ROWS) if half is None else l
+                m = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), ROWS) if not asynchronous else l
                 o = plgpu.layout_cast(jnp.zeros((R, Hv), jnp.float32), TILE)
                 x_zero = plgpu.layout_cast(jnp.zeros((R, block_k), jnp.float32), TILE)
                 slot = lax.rem(step, stages)
@@ -389,7 +392,7 @@ def _kernel(launch: _Launch, tree: Any, half: float | None, out_type: Sequence[j
                             ref[...] = number
 
                     # Probabilities are rounded once P V is done: it reads the registers of the ones before until then.
-                    growth = () if half is not None else (m, lax.rem(i, 2)) if config.lazy_rescale else (m,)
+                    growth = () if asynchronous else (m, lax.rem(i, 2)) if config.lazy_rescale else (m,)
                     o, m, l, p, *growth = pl.run_state(products)((Accumulator.init(o), m, l, x_zero, *growth))
                     plgpu.barrier_arrive(shared.v_free.at[previous])
                     return rescaled(o, *growth), m, l, p.astype(plane.dtype)
@@ -408,8 +411,8 @@ def _kernel(launch: _Launch, tree: Any, half: float | None, out_type: Sequence[j
                 o = pl.run_state(last_product)(Accumulator.init(o))
                 plgpu.barrier_arrive(shared.v_free.at[slot])
                 l = jnp.sum(l, axis=1)
-                if half is not None:
-                    bad = jnp.where(jnp.max(m, axis=1) >= half, 1.0, 0.0)
+                if asynchronous:
+                    bad = jnp.where(jnp.max(m, axis=1) >= (high - low) / 2 * LOG2E, 1.0, 0.0)
                     m = jnp.where(l == 0, -jnp.inf, center)
                 if ops.sink is not None:
                     # The sink is one more logit without a value.
@@ -425,7 +428,7 @@ def _kernel(launch: _Launch, tree: Any, half: float | None, out_type: Sequence[j
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 out_smem[...] = (o * along_rows(1 / l, o.shape)).astype(plane.dtype)
                 shared.lse[me] = jnp.where(empty, -jnp.inf, m * LN2 + jnp.log(l))
-                if half is not None:
+                if asynchronous:
                     shared.bad[me] = bad
                 plgpu.commit_smem()
                 r = pl.ds(row * block_q + me * R, R)
@@ -453,7 +456,7 @@ def _kernel(launch: _Launch, tree: Any, half: float | None, out_type: Sequence[j
         v=memory(stages, block_k, Hv, depth=block_k),
         out=stand_in if out_in_q else memory(consumers, R, Hv),
         lse=rows_of_consumers,
-        bad=stand_in if half is None else rows_of_consumers,
+        bad=rows_of_consumers if asynchronous else stand_in,
         q_full=plgpu.Barrier(num_barriers=q_stages),
         q_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=q_stages),
         k_full=plgpu.Barrier(num_barriers=stages),
