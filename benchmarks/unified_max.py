@@ -13,7 +13,7 @@ import argparse
 import collections
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,21 +69,27 @@ def exactly(query: jax.Array, key: jax.Array, value: jax.Array) -> np.ndarray:
     """Causal attention by the specification, in float64."""
     with jax.enable_x64(True):
         arrays = (jnp.asarray(np.asarray(x, np.float64)) for x in (query, key, value))
-        return np.asarray(reference.attention(*arrays, mask=masks.Causal(), scale=query.shape[-1] ** -0.5)[0])
+        return np.asarray(_specification(*arrays)[0])
 
 
+@jax.jit
+def _specification(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return reference.attention(query, key, value, mask=masks.Causal(), scale=query.shape[-1] ** -0.5)
+
+
+@jax.jit
 def outputs(
-    arrays: Sequence[jax.Array], positions: np.ndarray, unified_max: UnifiedMax | None
-) -> Iterator[tuple[str, jax.Array, jax.Array]]:
-    """Of both operations: name, output [rows, N, H], and recomputed rows."""
+    arrays: Sequence[jax.Array], positions: jax.Array, unified_max: UnifiedMax | None
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """By operation: output [rows, N, H], and recomputed rows."""
     query, key, value = arrays
     options: dict[str, Any] = {"unified_max": unified_max, "return_stats": True, "implementation": "xla"}
     out, stats = flash_attention(query, key, value, mask=masks.Causal(), **options)
-    yield "flash_attention", out[0], stats.recomputed_rows
+    found = {"flash_attention": (out[0], stats.recomputed_rows)}
     # Each position is a sequence that ends there.
     cache = [jnp.broadcast_to(x, (len(positions), *x.shape[1:])) for x in (key, value)]
-    out, stats = decode_attention(query[0, positions], *cache, jnp.asarray(positions + 1), **options)
-    yield "decode_attention", out, stats.recomputed_rows
+    out, stats = decode_attention(query[0, positions], *cache, positions + 1, **options)
+    return found | {"decode_attention": (out, stats.recomputed_rows)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     arrays = [x.astype(dtype) for x in inputs]
                     exact = exactly(*arrays)[0]
                     for softmax, constant in zip(SOFTMAXES, (unified_max, None), strict=True):
-                        for name, out, recomputed in outputs(arrays, positions, constant):
+                        found = outputs(arrays, jnp.asarray(positions), constant)
+                        for name, (out, recomputed) in found.items():
                             wanted = exact if name == "flash_attention" else exact[positions]
                             tallies[name, dtype, softmax].add(out, wanted, recomputed)
                             layers_with_any |= {layer} if np.sum(recomputed) else set()

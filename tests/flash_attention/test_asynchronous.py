@@ -247,6 +247,36 @@ def test_types_inside_shard_map():
     assert stats.recomputed_rows.shape == (8,)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["scan", "vmap", "alone"])
+def test_on_a_gpu_the_second_launch_works_in_place(how):
+    """Also where XLA would join it with the arrays of a loop. Some rows are out of bounds, most tiles hold none."""
+    if device.current().arch != "sm90":
+        pytest.skip(f"Hopper's kernel does not run on {device.current()}")
+    shape = Shape(2, 1024, 1024, 4, 2, 128, extras=causal)
+    first, second = (arrays_of(shape.make("bfloat16", jax.random.key(seed))) for seed in (0, 1))
+    arrays = [jnp.stack(pair) for pair in zip(first, second, strict=True)]
+    arrays[0] = arrays[0].at[:, :, 700, 1].multiply(100)
+
+    def attend(query, key, value, implementation="mosaic_gpu"):
+        options = {"mask": masks.Causal(), "return_lse": True, "return_stats": True, "implementation": implementation}
+        return flash_attention(query, key, value, unified_max=UnifiedMax(0.0, -30.0, 30.0), **options)
+
+    ways = {
+        "scan": lambda *arrays: jax.lax.scan(lambda carry, x: (carry, attend(*x)), None, arrays)[1],
+        "vmap": jax.vmap(attend),
+        "alone": lambda *arrays: jax.tree.map(
+            lambda *x: jnp.stack(x), *(attend(*(x[i] for x in arrays)) for i in (0, 1))
+        ),
+    }
+    out, lse, stats = jax.jit(ways[how])(*arrays)
+    want, want_lse, expected = jax.jit(jax.vmap(functools.partial(attend, implementation="reference")))(*arrays)
+    assert expected.recomputed_rows.tolist() == [[1, 1], [1, 1]]
+    np.testing.assert_array_equal(stats.recomputed_rows, expected.recomputed_rows)
+    np.testing.assert_allclose(np.float32(out), np.float32(want), atol=0.02)
+    np.testing.assert_allclose(lse, want_lse, atol=2e-3, rtol=1e-5)
+
+
 # ---- What is refused ----
 
 X = jnp.ones((1, 8, 2, 64), jnp.bfloat16)

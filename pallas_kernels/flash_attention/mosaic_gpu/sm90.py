@@ -183,8 +183,10 @@ class _Launch:
         @jax.custom_batching.custom_vmap
         def run(tiles, out, lse, *leaves):
             refs = jax.new_ref(out), jax.new_ref(lse)
-            _kernel(self, tree, None, ())(*leaves, *refs)
-            return refs[0][...], refs[1][...]
+            # In a loop, XLA joins a kernel with the slices that it reads, and the array of the loop that it writes, and
+            # forgets that it works in place. It does not look beyond a barrier.
+            _kernel(self, tree, None, ())(*lax.optimization_barrier(leaves), *refs)
+            return lax.optimization_barrier((refs[0][...], refs[1][...]))
 
         # The rule that Pallas has for vmap does not know an array that is both input and output.
         @jax.custom_batching.sequential_vmap
