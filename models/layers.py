@@ -231,15 +231,19 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
         B, T, _ = x.shape
-        query = self.query(x).reshape(B, T, -1, self.head_dim)
-        key = self.key(x).reshape(B, T, -1, self.head_dim)
-        value = self.value(x).reshape(B, T, -1, self.head_dim)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, rope), rotate(key, rope)
+        query, key, value = self.inputs(x, rope)
         query, key, value = checkpoint_name((query, key, value), "attention_inputs")
         out = flash_attention(query, key, value, mask=mask, implementation=self.implementation)
         return self.out(out.reshape(B, T, -1))
+
+    def inputs(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Query [B, T, N, H], key and value [B, T, K, H] of x [B, T, D]; query and key rotated."""
+        query, key, value = (
+            projection(x).reshape(*x.shape[:2], -1, self.head_dim) for projection in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return rotate(query, rope), rotate(key, rope), value
 
 
 class Mlp(nnx.Module):

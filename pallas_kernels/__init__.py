@@ -4,13 +4,14 @@
 from pallas_kernels import masks
 from pallas_kernels.core.check import UnsupportedError
 from pallas_kernels.core.dispatch import explain
+from pallas_kernels.core.softmax import SoftmaxStats, UnifiedMax
 from pallas_kernels.decode_attention.api import decode_attention
-from pallas_kernels.decode_attention.softmax import DecodeStats, UnifiedMax
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.flat_gemm.api import flat_gemm
 
 __all__ = [
     "DecodeStats",
+    "SoftmaxStats",
     "UnifiedMax",
     "UnsupportedError",
     "decode_attention",
@@ -20,3 +21,5 @@ __all__ = [
     "masks",
 ]
 __version__ = "0.1.0"
+
+DecodeStats = SoftmaxStats  # the name it had while only decode_attention returned it

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from pallas_kernels.core import dispatch, tuning
 from pallas_kernels.core.check import Axes, check_dtype, check_floating, check_number, check_same_dtype
 from pallas_kernels.core.dispatch import Argument, Call, Choice, Implementation
+from pallas_kernels.core.softmax import SoftmaxStats, UnifiedMax, check_unified_max
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.decode_attention import config as config_lib
 from pallas_kernels.decode_attention.cache import Cache
-from pallas_kernels.decode_attention.softmax import DecodeStats, UnifiedMax
 
 OP = "decode_attention"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -89,7 +89,7 @@ def decode_attention(
       num_splits: in how many pieces of one size the keys of S are worked on, each summed up by itself, whatever B and
         the lengths are: the same sequence then gets the same bits in any batch. None leaves it to the implementation.
       return_lse: also return log(sum_s exp(logit) + exp(sink)), natural logarithm, float32 [B, N] or [B, N, T].
-      return_stats: also return a `DecodeStats`.
+      return_stats: also return a `SoftmaxStats`.
       implementation: "auto", "mosaic_gpu", "mosaic_tpu", "xla", "reference", or names in order of preference. A
         named one runs or raises. `pallas_kernels.explain` shows what runs and why.
       config: chunk sizes (an object of pallas_kernels.decode_attention.config); None looks in the tuning tables.
@@ -116,7 +116,7 @@ def decode_attention(
     out, lse, recomputed = outputs
     if query.ndim == 3:
         out, lse = out[:, 0], lse[:, :, 0]
-    more = ([lse] if return_lse else []) + ([DecodeStats(recomputed)] if return_stats else [])
+    more = ([lse] if return_lse else []) + ([SoftmaxStats(recomputed)] if return_stats else [])
     return (out, *more) if more else out
 
 
@@ -167,17 +167,15 @@ def _describe(
             axes.bind(name, array.shape, letter)
             check_floating(OP, name, array)
             arguments.append(Argument(name, array.dtype.name, ((letter, axes[letter]),)))
-    if unified_max is not None:
-        _check_unified_max(unified_max, N)
     scale = 1 / math.sqrt(axes["H"]) if scale is None else check_number(OP, "scale", scale)
     if soft_cap is not None and check_number(OP, "soft_cap", soft_cap) <= 0:
         raise ValueError(f"{OP}: soft_cap must be > 0 or None, got {soft_cap!r}.")
     for name, number in (("window", window), ("num_splits", num_splits)):
         if number is not None and (not isinstance(number, numbers.Integral) or number < 1):
             raise ValueError(f"{OP}: {name} must be a Python integer >= 1 or None, got {number!r}.")
-    options = {"S": S, "scale": scale, "soft_cap": soft_cap, "window": window, "num_splits": num_splits}
-    bounds = None if unified_max is None else (unified_max.low, unified_max.high)
-    return Call(OP, tuple(arguments), (*options.items(), ("unified_max", bounds)))
+    options: dict[str, Any] = {"S": S, "scale": scale, "soft_cap": soft_cap, "window": window, "num_splits": num_splits}
+    options["unified_max"] = check_unified_max(OP, unified_max, N)
+    return Call(OP, tuple(arguments), tuple(options.items()))
 
 
 def _check_cache_dtypes(query: jax.Array, cache: dict[str, jax.Array], scales: dict[str, Any]) -> None:
@@ -192,13 +190,6 @@ def _check_cache_dtypes(query: jax.Array, cache: dict[str, jax.Array], scales: d
 def _check_integers(name: str, array: jax.Array) -> None:
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{OP}: {name} must be an integer array, got {array.dtype}.")
-
-
-def _check_unified_max(unified_max: UnifiedMax, N: int) -> None:
-    if not isinstance(unified_max, UnifiedMax):
-        raise TypeError(f"{OP}: unified_max must be a UnifiedMax or None, got {type(unified_max).__name__}.")
-    if jnp.shape(unified_max.phi) not in ((), (N,)):
-        raise ValueError(f"{OP}: unified_max.phi must be a number or [N] with N={N}, got {jnp.shape(unified_max.phi)}.")
 
 
 @dataclasses.dataclass(frozen=True)

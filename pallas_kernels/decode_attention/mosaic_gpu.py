@@ -32,9 +32,9 @@ from pallas_kernels.core import cluster
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, product, store, swizzle_bytes, tile_memory
+from pallas_kernels.core.softmax import UnifiedMax
 from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import MosaicGpuConfig
-from pallas_kernels.decode_attention.softmax import UnifiedMax
 
 LOG2E = math.log2(math.e)
 _ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.softmax import UnifiedMax
 from pallas_kernels.decode_attention.cache import Cache
-from pallas_kernels.decode_attention.softmax import UnifiedMax
 
 
 def supports(call: Call, device: Device) -> Refusal | None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_attention.softmax import UnifiedMax
+from pallas_kernels.core.softmax import UnifiedMax
 
 _UNUSED = 2  # pages that no sequence has
 

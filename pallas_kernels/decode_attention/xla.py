@@ -19,11 +19,11 @@ from jax import lax
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.softmax import UnifiedMax
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import XlaConfig
 from pallas_kernels.decode_attention.reference import visible
-from pallas_kernels.decode_attention.softmax import UnifiedMax
 
 
 def supports(call: Call, device: Device) -> Refusal | None:

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.core import dispatch, tuning
 from pallas_kernels.core.check import Axes, check_dtype, check_floating, check_number, check_same_dtype
 from pallas_kernels.core.dispatch import Argument, Call, Choice, Implementation
+from pallas_kernels.core.softmax import SoftmaxStats, UnifiedMax, check_unified_max
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.flash_attention import config as config_lib
 from pallas_kernels.masks import Mask, as_mask
@@ -33,7 +34,9 @@ def flash_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     sink: jax.Array | None = None,
+    unified_max: UnifiedMax | None = None,
     return_lse: Literal[False] = False,
+    return_stats: Literal[False] = False,
     implementation: Implementation = "auto",
     config: Any = None,
 ) -> jax.Array: ...
@@ -48,10 +51,13 @@ def flash_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     sink: jax.Array | None = None,
+    unified_max: UnifiedMax | None = None,
     return_lse: Literal[True],
+    return_stats: Literal[False] = False,
     implementation: Implementation = "auto",
     config: Any = None,
 ) -> tuple[jax.Array, jax.Array]: ...
+@overload
 def flash_attention(
     query: jax.Array,
     key: jax.Array,
@@ -62,10 +68,28 @@ def flash_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     sink: jax.Array | None = None,
+    unified_max: UnifiedMax | None = None,
     return_lse: bool = False,
+    return_stats: Literal[True],
     implementation: Implementation = "auto",
     config: Any = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> tuple[Any, ...]: ...
+def flash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    mask: Mask | jax.Array | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    sink: jax.Array | None = None,
+    unified_max: UnifiedMax | None = None,
+    return_lse: bool = False,
+    return_stats: bool = False,
+    implementation: Implementation = "auto",
+    config: Any = None,
+) -> Any:
     r"""Softmax attention in memory linear in T and S, differentiable in query, key, value, bias and sink.
 
     Letters: B batch, T query length, S key length, N query heads, K key/value heads (N a multiple of K; query head
@@ -102,14 +126,18 @@ def flash_attention(
       soft_cap: bounds the logits to (-soft_cap, soft_cap) before bias and mask; a Python number > 0.
       sink: [N], one more logit a head, after scaling, that joins the maximum, the denominator and the LSE, and has
         no value row (attention sinks of Xiao et al., 2023, in the form of gpt-oss).
+      unified_max: asynchronous softmax in the forward pass (`pallas_kernels.UnifiedMax`): one constant in place of each
+        row's running maximum, so that no tile rescales what others summed up; rows with logits out of its bounds are
+        computed again. It changes results by rounding only, and gradients not at all.
       return_lse: also return log(sum_s exp(logit) + exp(sink)), natural logarithm, float32 [B, N, T]. It is
         differentiable too, so partial results over pieces of S can be merged and trained through.
+      return_stats: also return a `pallas_kernels.SoftmaxStats`.
       implementation: "auto", "mosaic_gpu", "mosaic_tpu", "xla", "reference", or names in order of preference. A
         named one runs or raises. `pallas_kernels.explain` shows what runs and why.
       config: tile sizes (an object of pallas_kernels.flash_attention.config); None looks in the tuning tables.
 
     Returns:
-      [B, T, N, Hv] in the dtype of query; with return_lse=True a pair of it and the LSE.
+      [B, T, N, Hv] in the dtype of query, and then, in this order, what was asked for.
 
     Raises:
       ValueError: shapes that do not fit, named by argument and axis letter; options out of range.
@@ -117,24 +145,28 @@ def flash_attention(
       UnsupportedError: the named implementation cannot run this call; says why and what to try.
 
     Source: Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness", 2022; masks
-    by tile class as in Lin et al., "FastAttention", 2024, section 4.2.
+    by tile class as in Lin et al., "FastAttention", 2024, section 4.2; asynchronous softmax as in Hong et al.,
+    "FlashDecoding++", 2023, section 3.
     """
     mask = as_mask(mask)
-    call = describe(query, key, value, bias, mask=mask, scale=scale, soft_cap=soft_cap, sink=sink)
+    call = describe(
+        query, key, value, bias, mask=mask, scale=scale, soft_cap=soft_cap, sink=sink, unified_max=unified_max
+    )
     forward = dispatch.choose(call, implementation)
     _check_config(forward, config)
-    inputs = _Inputs(query, key, value, bias, sink, mask)
+    inputs = _Inputs(query, key, value, bias, sink, mask, unified_max)
     options = _Options(call.option("scale"), soft_cap)
     if forward.name == "reference":
-        out, lse = forward.module.attention(
-            query, key, value, bias, mask=mask, sink=sink, scale=options.scale, soft_cap=soft_cap
-        )
+        arguments: dict[str, Any] = {"mask": mask, "scale": options.scale, "soft_cap": soft_cap}
+        out, lse = forward.module.attention(query, key, value, bias, sink=sink, **arguments)
         out = out.astype(query.dtype)
+        recomputed = forward.module.rows_out_of_bounds(query, key, bias, unified_max=unified_max, **arguments)
     else:
         backward = dispatch.choose(call.backward(), implementation)
         plan = _Plan(options, forward, _config(forward, config), backward, _config(backward, config))
-        out, lse = _attend(plan, vary_like(inputs, inputs))
-    return (out, lse) if return_lse else out
+        out, lse, recomputed = _attend(plan, vary_like(inputs, inputs))
+    more = ([lse] if return_lse else []) + ([SoftmaxStats(recomputed)] if return_stats else [])
+    return (out, *more) if more else out
 
 
 def describe(
@@ -147,6 +179,7 @@ def describe(
     scale: float | None = None,
     soft_cap: float | None = None,
     sink: jax.Array | None = None,
+    unified_max: UnifiedMax | None = None,
 ) -> Call:
     """Checks the arguments of `flash_attention` and puts them in the words of dispatch."""
     axes = Axes(OP)
@@ -182,8 +215,9 @@ def describe(
     scale = 1 / math.sqrt(axes["H"]) if scale is None else check_number(OP, "scale", scale, learned)
     if soft_cap is not None and check_number(OP, "soft_cap", soft_cap) <= 0:
         raise ValueError(f"{OP}: soft_cap must be > 0 or None, got {soft_cap!r}.")
-    options = (("mask", None if mask is None else str(mask)), ("scale", scale), ("soft_cap", soft_cap))
-    return Call(OP, tuple(arguments), options)
+    options: dict[str, Any] = {"mask": None if mask is None else str(mask), "scale": scale, "soft_cap": soft_cap}
+    options["unified_max"] = check_unified_max(OP, unified_max, N)
+    return Call(OP, tuple(arguments), tuple(options.items()))
 
 
 def _warn_if_heads_first(query: tuple[int, ...], key: tuple[int, ...]) -> None:
@@ -209,6 +243,7 @@ class _Inputs(NamedTuple):
     bias: jax.Array | None
     sink: jax.Array | None
     mask: Mask | None
+    unified_max: UnifiedMax | None
 
 
 class _Options(NamedTuple):
@@ -254,24 +289,33 @@ def _config(choice: Choice, given: Any) -> Any:
     return tuning.resolve(choice, kinds[0], config_lib.heuristic, given if isinstance(given, kinds) else None)
 
 
-def _run_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array]:
-    outputs = plan.forward.module.forward(*inputs, config=plan.forward_config, **plan.options._asdict())
+def _run_forward(plan: _Plan, inputs: _Inputs) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output, LSE, and how many rows of each batch element an asynchronous softmax had to compute again."""
+    module, (*arrays, unified_max) = plan.forward.module, inputs
+    options = {"config": plan.forward_config, **plan.options._asdict()}
+    if unified_max is None:
+        out, lse = module.forward(*arrays, **options)
+        outputs = out, lse, jnp.zeros(len(out), jnp.int32)
+    else:
+        outputs = module.forward_asynchronously(*arrays, unified_max, **options)
     return vary_like(outputs, inputs)  # inside shard_map a kernel's outputs come without the axes they vary over
 
 
 def _forward_rule(plan: _Plan, inputs: _Inputs):
     # Named, so that a rematerialization policy can keep them and need not run the forward pass again:
     # jax.checkpoint_policies.save_only_these_names("flash_attention").
-    out, lse = checkpoint_name(_run_forward(plan, inputs), OP)
-    return (out, lse), (inputs, out, lse)
+    out, lse, recomputed = checkpoint_name(_run_forward(plan, inputs), OP)
+    return (out, lse, recomputed), (inputs, out, lse)
 
 
-def _backward_rule(plan: _Plan, residuals: tuple, cotangents: tuple[jax.Array, jax.Array]):
-    inputs, out, lse = residuals
+def _backward_rule(plan: _Plan, residuals: tuple, cotangents: tuple):
+    (*inputs, _), out, lse = residuals
+    dout, dlse, _ = cotangents
     gradients = plan.backward.module.backward(
-        *inputs, out, lse, *cotangents, config=plan.backward_config, **plan.options._asdict()
+        *inputs, out, lse, dout, dlse, config=plan.backward_config, **plan.options._asdict()
     )
-    return (_Inputs(*vary_like(tuple(gradients), inputs), mask=None),)
+    # Whatever phi is, output and LSE are the same: its gradient is 0.
+    return (_Inputs(*vary_like(tuple(gradients), inputs), mask=None, unified_max=None),)
 
 
 _attend: Any = jax.custom_vjp(_run_forward, nondiff_argnums=(0,))

@@ -90,7 +90,8 @@ class Sm90Config:
       consumers: warpgroups that compute, of 64 query rows each.
       block_k: key columns of a tile.
       stages: how many tiles of keys, and of values, shared memory holds.
-      lazy_rescale: raise a row's maximum, and rescale what was summed up, only when the maximum has grown by 2^8.
+      lazy_rescale: raise a row's maximum, and rescale what was summed up, only when the maximum has grown by 2^8. Not
+        of an asynchronous softmax, which has none.
       q_stages: how many tiles of queries it holds. Outputs leave from there if head dims are equal: with one, the next
         queries are not loaded before these outputs have left.
       backward_stages: how many tiles of queries, and of output gradients, shared memory holds in the backward pass;
@@ -171,6 +172,8 @@ def kinds(call: Call, device: Device, implementation: str | None) -> tuple[type[
             return (XlaConfig,)
         case "mosaic_tpu":
             return (MosaicTpuConfig,)
+        case "mosaic_gpu" if call.direction == "forward" and call.option("unified_max") is not None:
+            return (Sm90Config,)
         case "mosaic_gpu" if device.arch == "sm90" and (
             call.direction == "forward" or max(call.sizes["H"], call.sizes["Hv"]) <= 128
         ):
@@ -243,7 +246,8 @@ def _sm90(call: Call) -> Sm90Config:
     if max(H, Hv) <= 64 and plain:
         # Softmax is the bottleneck: a third consumer helps, except where rows of 192 queries waste most of a diagonal.
         short = call.option("mask") == "Causal" and call.sizes["S"] <= 2048
-        return Sm90Config(2 if short else 3, stages=3, lazy_rescale=call.option("mask") is None)
+        lazy = call.option("mask") is None and call.option("unified_max") is None
+        return Sm90Config(2 if short else 3, stages=3, lazy_rescale=lazy)
     return next(config for config in _sm90_space() if _fits_sm90(config, H, Hv))
 
 
@@ -292,7 +296,7 @@ def _mosaic_gpu_space(call: Call, device: Device) -> Iterator[Sm90Config | Sm80C
     for consumers in (2, 3) if max(H, Hv) <= 64 else (2,):
         for block_k in (64, 128, 160):
             for stages in (2, 3):
-                for lazy in (False, True):
+                for lazy in (False, True) if call.option("unified_max") is None else (False,):
                     config = Sm90Config(consumers, block_k, stages, lazy)
                     if _fits_sm90(config, H, Hv, most=184):  # compiles without spills where nothing is masked
                         yield config

@@ -7,6 +7,8 @@
     out[t]      = sum_s e[t, s] v[s] / l[t]          0     where l[t] = 0
     lse[t]      = m[t] + log l[t]                    -inf  where l[t] = 0
 
+An asynchronous softmax changes no result; `rows_out_of_bounds` says which rows it would compute again.
+
 `attention` is that, and its gradient is what JAX makes of it. `naive` is the unfused way in the precision of the
 input, with the backward pass written out from the residuals (q, k, v, out, lse) that every implementation keeps:
 the error of `naive` against `attention` is what core/tolerance.py calls normal.
@@ -20,6 +22,7 @@ import numpy as np
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.softmax import UnifiedMax
 from pallas_kernels.masks import Mask
 
 
@@ -54,6 +57,26 @@ def attention(
     l = jnp.where(empty, 1, l)
     out = _weighted_sum(e / l[..., None], value.astype(dtype))
     return out, jnp.where(empty, -jnp.inf, m + jnp.log(l))
+
+
+def rows_out_of_bounds(
+    query: jax.Array,
+    key: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    mask: Mask | None = None,
+    scale: float,
+    soft_cap: float | None = None,
+    unified_max: UnifiedMax | None,
+) -> jax.Array:
+    """How many rows of each batch element have a visible logit out of the bounds of `unified_max`, int32 [B]."""
+    B, _, N, _ = query.shape
+    if unified_max is None:
+        return jnp.zeros(B, jnp.int32)
+    logits, _ = _logits(query, key, bias, scale, soft_cap, jnp.promote_types(query.dtype, jnp.float32))
+    seen = _visible(mask, query, key) & ~jnp.isneginf(logits)  # a bias of -inf hides a key as a mask does
+    shifted = logits - unified_max.per_head(N)[:, None, None]
+    return jnp.sum(jnp.any(seen & unified_max.out_of_bounds(shifted), axis=-1), axis=(1, 2), dtype=jnp.int32)
 
 
 def _naive(query, key, value, bias, sink, mask, scale: float, soft_cap: float | None):
@@ -106,6 +129,7 @@ naive.defvjp(_naive_forward, _naive_backward)
 
 def specified(arguments: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """`attention` of the public function's arguments by name, where what is not given has its default."""
+    arguments = {name: argument for name, argument in arguments.items() if name != "unified_max"}
     return attention(**{"scale": _default_scale(arguments), **arguments})
 
 

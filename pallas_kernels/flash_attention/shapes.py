@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import masks
+from pallas_kernels.core.softmax import UnifiedMax
 
 # Extra arguments (mask, bias, sink, ...) of a shape: they need its letters and random numbers.
 Extras = Callable[["Shape", np.random.Generator], dict[str, Any]]
@@ -146,6 +147,16 @@ def everything(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
     }
 
 
+def asynchronous(extras: Extras, bound: float) -> Extras:
+    """An asynchronous softmax. Logits of random arrays have a standard deviation of 1."""
+
+    def with_unified_max(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
+        phi = jnp.asarray(random.uniform(-0.1, 0.1, shape.N), jnp.float32)
+        return {**extras(shape, random), "unified_max": UnifiedMax(phi, -bound, bound)}
+
+    return with_unified_max
+
+
 def per_head_dense(shape: Shape, random: np.random.Generator) -> dict[str, Any]:
     visible = random.random((shape.N, shape.T, shape.S)) < 0.3
     visible[0, : shape.T // 2] = False  # half of head 0 sees nothing
@@ -184,6 +195,8 @@ SHAPES: dict[str, Shape] = {
     "full_bias_60_75": Shape(2, 60, 75, 4, 2, 32, mask_name="bias", extras=full_bias),
     "prefix_120": Shape(3, 120, 120, 2, 2, 32, mask_name="prefix", extras=prefix),
     "vit_b16_224": Shape(1, 197, 197, 12, 12, 64),
+    # A few rows in a hundred are out of bounds.
+    "asynchronous_140_150": Shape(2, 140, 150, 2, 1, 64, mask_name="causal", extras=asynchronous(causal, 3.2)),
     # Large: for benchmarks. Attention of 16k tokens, as the field's tables have it.
     **{
         f"d{H}_{mask}_{S // 1024}k": Shape(
@@ -214,6 +227,22 @@ SHAPES: dict[str, Shape] = {
     "window_4k_16k": Shape(1, 16384, 16384, 16, 16, 128, mask_name="window", extras=window(4095)),
     # Sixteen drafted tokens to verify for each of 32 sequences.
     "short_16_8k": Shape(32, 16, 8192, 32, 8, 128, mask_name="causal", extras=causal),
+    # Beside the same without: what an asynchronous softmax is worth.
+    **{
+        f"asynchronous_d{H}_{mask}_{S // 1024}k": Shape(
+            2**14 // S,
+            S,
+            S,
+            2048 // H,
+            2048 // H,
+            H,
+            mask_name=mask,
+            extras=asynchronous(causal if mask == "causal" else plain, 20.0),
+        )
+        for H in (128, 64)
+        for mask in ("full", "causal")
+        for S in (2048, 8192)
+    },
     # No multiple of any tile; the second is a chunk of a prompt that comes after 7168 other tokens.
     "ragged_4099": Shape(4, 4099, 4099, 16, 16, 128, mask_name="causal", extras=causal),
     "ragged_1023_8191": Shape(4, 1023, 8191, 16, 16, 128, mask_name="causal", extras=causal),

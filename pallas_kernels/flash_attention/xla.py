@@ -9,6 +9,9 @@ key/value head that they share; a tile of logits is [B, K, G, block_q, block_k] 
       for tile (i, j):      |          dV[j] += P^T dO[i]
         rows i of m, l, acc-+          dS = P * (dO[i] V[j]^T - delta[i] + dlse[i])
       out = acc / l                    dQ[i] += dS K[j],  dK[j] += dS^T Q[i],  dbias[i, j] += dS
+
+An asynchronous softmax (core/softmax.py) has phi in place of m, so that a tile only adds to l and acc; if a row turns
+out to be out of bounds, the online loop runs as well, and such rows are taken from it.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ from jax import lax
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.softmax import UnifiedMax
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.flash_attention import tiles
 from pallas_kernels.flash_attention.config import XlaConfig
@@ -124,12 +128,46 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, N, Hv] in the input dtype and LSE [B, N, T] in float32 (float64 for float64)."""
     plane = _plane(query, key, value, bias, mask, scale, soft_cap, config)
+    return _finish(plane, _online(plane), sink, query.dtype)
+
+
+def forward_asynchronously(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    sink: jax.Array | None,
+    mask: Mask | None,
+    unified_max: UnifiedMax,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    config: XlaConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `forward`, and how many rows of each batch element were out of bounds and computed again, int32 [B]."""
+    plane = _plane(query, key, value, bias, mask, scale, soft_cap, config)
+    sums, bad = _asynchronous(plane, unified_max)
+    again = lax.cond(jnp.any(bad), lambda: _online(plane), lambda: sums)
+    sums = jax.tree.map(lambda new, old: jnp.where(bad, new, old), again, sums)
+    return *_finish(plane, sums, sink, query.dtype), jnp.sum(bad, axis=(1, 2, 3, 4), dtype=jnp.int32)
+
+
+class _Sums(NamedTuple):
+    """Of each row: what exponents are less than by, the sum of weights, [B, K, G, T', 1] both, and that of weighted
+    values [B, K, G, T', Hv]."""
+
+    m: jax.Array
+    l: jax.Array
+    acc: jax.Array
+
+
+def _online(plane: _Plane) -> _Sums:
+    """Online softmax: m is the row's maximum."""
     B, K, G, T_padded, _ = plane.query.shape
     dtype = plane.accumulator
 
-    def tile(i, j, state):
-        m_all, l_all, acc_all = state
-        m, l, acc = (plane.query_rows(x, i) for x in state)
+    def tile(i, j, sums):
+        m, l, acc = (plane.query_rows(x, i) for x in sums)
         s, _ = plane.logits(i, j)
         m_new = jnp.maximum(m, s.max(-1, keepdims=True))
         # While a row has seen no visible key its maximum is -inf; 0 in its place keeps exp(-inf - m) = 0.
@@ -139,28 +177,54 @@ def forward(
         l = l * rescale + p.sum(-1, keepdims=True)
         v = plane.key_rows(plane.value, j)
         acc = acc * rescale + jnp.einsum("bkgts,bksh->bkgth", p.astype(v.dtype), v, preferred_element_type=dtype)
-        return (
-            plane.put_query_rows(m_all, m_new, i),
-            plane.put_query_rows(l_all, l, i),
-            plane.put_query_rows(acc_all, acc, i),
-        )
+        return _Sums(*(plane.put_query_rows(x, rows, i) for x, rows in zip(sums, (m_new, l, acc), strict=True)))
 
     rows = (B, K, G, T_padded)
-    start = (
-        jnp.full((*rows, 1), -jnp.inf, dtype),
-        jnp.zeros((*rows, 1), dtype),
-        jnp.zeros((*rows, value.shape[-1]), dtype),
+    nothing = jnp.zeros((*rows, 1), dtype)
+    start = _Sums(nothing - jnp.inf, nothing, jnp.zeros((*rows, plane.value.shape[-1]), dtype))
+    return _for_each_tile(plane, tile, start)
+
+
+def _asynchronous(plane: _Plane, unified_max: UnifiedMax) -> tuple[_Sums, jax.Array]:
+    """Asynchronous softmax: m is phi, and -inf in rows that see nothing. And which rows are out of bounds."""
+    B, K, G, T_padded, _ = plane.query.shape
+    dtype, rows = plane.accumulator, (B, K, G, T_padded)
+    phi = unified_max.per_head(K * G).astype(dtype).reshape(K, G, 1, 1)
+    # Weights up to exp(60) are beyond the range of float16, unlike those of an online softmax, which are 1 at most.
+    wide = dtype if plane.value.dtype == jnp.float16 else plane.value.dtype
+
+    def tile(i, j, state):
+        l, acc, bad = (plane.query_rows(x, i) for x in state)
+        s, _ = plane.logits(i, j)
+        x = s - phi
+        p = jnp.exp(x)
+        bad = bad | jnp.any(~jnp.isneginf(s) & unified_max.out_of_bounds(x), axis=-1, keepdims=True)
+        v = plane.key_rows(plane.value, j)
+        more = jnp.einsum("bkgts,bksh->bkgth", p.astype(wide), v, preferred_element_type=dtype)
+        rows = l + p.sum(-1, keepdims=True), acc + more, bad
+        return tuple(plane.put_query_rows(x, new, i) for x, new in zip(state, rows, strict=True))
+
+    nothing = jnp.zeros((*rows, 1), dtype)
+    l, acc, bad = _for_each_tile(
+        plane, tile, (nothing, jnp.zeros((*rows, plane.value.shape[-1]), dtype), nothing > 0), phi
     )
-    m, l, acc = _for_each_tile(plane, tile, start)
+    padding = jnp.arange(T_padded)[:, None] >= plane.T
+    return _Sums(jnp.where(l == 0, -jnp.inf, phi), l, acc), bad & ~padding
+
+
+def _finish(plane: _Plane, sums: _Sums, sink: jax.Array | None, dtype) -> tuple[jax.Array, jax.Array]:
+    """Output and LSE; the sink is one more logit without a value."""
+    m, l, acc = sums
+    _, K, G, *_ = plane.query.shape
     if sink is not None:
-        sink = sink.astype(dtype).reshape(1, K, G, 1, 1)
+        sink = sink.astype(m.dtype).reshape(1, K, G, 1, 1)
         m_new = jnp.maximum(m, sink)
         l, acc, m = l * jnp.exp(m - m_new) + jnp.exp(sink - m_new), acc * jnp.exp(m - m_new), m_new
     empty = l == 0
     l = jnp.where(empty, 1, l)
     lse = jnp.where(empty, -jnp.inf, m + jnp.log(l))
-    out = _from_heads_first((acc / l).astype(query.dtype), plane.T)
-    return out, lse.reshape(B, K * G, T_padded)[:, :, : plane.T]
+    out = _from_heads_first((acc / l).astype(dtype), plane.T)
+    return out, lse.reshape(len(lse), K * G, -1)[:, :, : plane.T]
 
 
 class Gradients(NamedTuple):
@@ -272,14 +336,14 @@ def _plane(query, key, value, bias, mask, scale, soft_cap, config) -> _Plane:
     )
 
 
-def _for_each_tile(plane: _Plane, tile, state):
-    """Runs `state = tile(i, j, state)` over the live tiles."""
+def _for_each_tile(plane: _Plane, tile, state, *more: jax.Array):
+    """Runs `state = tile(i, j, state)` over the live tiles; `more` is what else the tile computes with."""
     work = tiles.work_list(plane.mask, plane.T, plane.S, plane.config.block_q, plane.config.block_k)
     if isinstance(work.count, int) and work.count == 1:
         return tile(int(work.rows[0]), int(work.cols[0]), state)
     rows, cols = jnp.asarray(work.rows), jnp.asarray(work.cols)
     # Inside shard_map the state must vary over the same mesh axes before the loop as after a step.
-    state = vary_like(state, (plane.query, plane.mask))
+    state = vary_like(state, (plane.query, plane.mask, more))
     return lax.fori_loop(0, work.count, lambda n, carry: tile(rows[n], cols[n], carry), state)
 
 

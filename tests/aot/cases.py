@@ -211,7 +211,7 @@ _SM80 = {
 
 # What takes a path of its own through the Hopper kernel, and whether its main loop must be free of spills: two
 # consumers with and without a mask, grouped heads, three consumers, wide and unequal heads, short queries whose heads
-# share tiles, arrays in the mask, bias.
+# share tiles, arrays in the mask, bias; two launches of an asynchronous softmax.
 _SM90_SHAPES = {
     "d128_full_2k": True,
     "d128_causal_2k": True,
@@ -223,6 +223,11 @@ _SM90_SHAPES = {
     "packed_16k": True,
     "everything_90_150": True,
     "full_bias_60_75": True,
+    "asynchronous_d128_full_2k": True,
+    "asynchronous_d128_causal_2k": True,
+    "asynchronous_d64_full_2k": True,
+    "asynchronous_d64_causal_8k": True,
+    "asynchronous_140_150": True,
 }
 
 # Forward and backward together. Where it is False a masking loop spills: 64-wide heads with a mask, much in the mask.

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from pallas_kernels import masks
+from pallas_kernels import UnifiedMax, masks
 from pallas_kernels.core.arrays import arrays_of, with_arrays
 from pallas_kernels.flash_attention import reference
 from pallas_kernels.flash_attention.config import XlaConfig
@@ -23,6 +23,7 @@ class TestFlashAttention(conformance.Suite):
     implementations = ("xla", "mosaic_gpu")
     probe = "everything_90_150"
     probe_dtypes: ClassVar = {"mosaic_gpu": "bfloat16"}
+    plumbing = frozenset({*conformance.Suite.plumbing, "return_stats"})
     config: ClassVar = None
 
     def call(self, arguments, implementation):
@@ -36,7 +37,7 @@ class TestFlashAttention(conformance.Suite):
 
     def changes(self, arguments):
         half = {name: arguments[name] * 0.5 for name in ("query", "key", "value", "bias", "sink")}
-        return {**half, "mask": masks.Causal(), "scale": 0.1, "soft_cap": 1.0}
+        return {**half, "mask": masks.Causal(), "scale": 0.1, "soft_cap": 1.0, "unified_max": UnifiedMax(1.0)}
 
     def sharded(self):
         arguments = Shape(4, 150, 200, 4, 2, 32, extras=everything).make("float32", jax.random.key(0))

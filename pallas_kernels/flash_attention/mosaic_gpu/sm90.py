@@ -12,13 +12,19 @@ tile n - 1, and consumers issue their products in turns, so that the softmax of 
 others. Tiles come in the order of `tiles.schedule`: mixed ones in a loop that masks, full ones in a loop that has no
 masking code, empty ones never. Rows of tiles are dealt to multiprocessors by `work.plan`.
 
+An asynchronous softmax (core/softmax.py) has one constant c in place of the running maximum: no reduction across
+threads in the loop, nothing to wait for before exp, no accumulator to rescale. Its kernel says which rows are out of
+bounds, and a second launch, of the ordinary kernel, works on the tiles that hold such rows, in place.
+
 The backward pass is in sm90_backward.py; wide heads take that of sm80.py, whose instructions Hopper has too.
 
 Source: Shah et al., "FlashAttention-3", 2024, sections 3.1 and 3.2.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,17 +36,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import tile_memory
+from pallas_kernels.core.softmax import UnifiedMax
 from pallas_kernels.flash_attention.config import Sm90Config
 from pallas_kernels.flash_attention.mosaic_gpu import ptx, sm80
 from pallas_kernels.flash_attention.mosaic_gpu import work as work_lib
 from pallas_kernels.flash_attention.mosaic_gpu.plane import (
     LOG2E,
     At,
+    Operands,
+    Plane,
     along_rows,
     cost_estimate,
+    pad,
     prepare,
     zero_of_step,
 )
+from pallas_kernels.flash_attention.tiles import Schedule
 from pallas_kernels.masks import Mask
 
 R = 64  # rows of a wgmma, and so of a consumer
@@ -72,12 +83,16 @@ class _Shared(NamedTuple):
     v: Any  # [stages, block_k, Hv]
     out: Any  # [consumers, R, Hv], or a stand-in where outputs leave from q, for which Hv has to be H
     lse: Any  # [consumers, R]
+    bad: Any  # [consumers, R], of an asynchronous softmax
     q_full: Any
     q_free: Any
     k_full: Any
     k_free: Any
     v_full: Any
     v_free: Any
+
+
+SCRATCH = len(_Shared._fields)
 
 
 def forward(
@@ -94,24 +109,134 @@ def forward(
     num_sms: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Output [B, T, N, Hv] in the input dtype and LSE [B, N, T] in float32."""
-    B, T, N, _ = query.shape
-    consumers, stages, block_k = config.consumers, config.stages, config.block_k
-    block_q = R * consumers
+    launch = _launch(query, key, value, bias, sink, mask, scale, soft_cap, config, num_sms)
+    return launch.unpadded(*launch.run(), Hv=value.shape[3])
+
+
+def forward_asynchronously(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    sink: jax.Array | None,
+    mask: Mask | None,
+    unified_max: UnifiedMax,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    config: Sm90Config,
+    num_sms: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `forward`, and how many rows of each batch element were out of bounds and computed again, int32 [B]."""
+    if config.lazy_rescale:
+        raise ValueError("lazy_rescale=True is for an online softmax: with unified_max there is no maximum to raise.")
+    launch = _launch(query, key, value, bias, sink, mask, scale, soft_cap, config, num_sms)
+    out, lse, bad = launch.run(unified_max)
+    bad = bad[:, :, : launch.plane.T] > 0  # rows beyond T are zeros, wherever phi is
+    out, lse = launch.again(bad, out, lse)
+    return *launch.unpadded(out, lse, Hv=value.shape[3]), jnp.sum(bad, axis=(1, 2), dtype=jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """A forward pass that is ready to run, with either softmax, over all of its work or some."""
+
+    plane: Plane
+    schedule: Schedule
+    ops: Operands
+    work: work_lib.Work
+    config: Sm90Config
+    num_sms: int
+
+    @property
+    def block_q(self) -> int:
+        return R * self.config.consumers
+
+    @property
+    def out_type(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Output [B, T', N * Hv], and LSE [B, N, rows of tiles * block_q]."""
+        plane, rows = self.plane, self.schedule.live.shape[-1]
+        return (
+            jax.ShapeDtypeStruct((plane.B, self.ops.query.shape[1], plane.N * plane.Hv), plane.dtype),
+            jax.ShapeDtypeStruct((plane.B, plane.N, rows * self.block_q), jnp.float32),
+        )
+
+    def unpadded(self, out: jax.Array, lse: jax.Array, Hv: int) -> tuple[jax.Array, jax.Array]:
+        plane = self.plane
+        return out.reshape(plane.B, -1, plane.N, plane.Hv)[:, : plane.T, :, :Hv], lse[:, :, : plane.T]
+
+    def run(self, unified_max: UnifiedMax | None = None) -> Sequence[jax.Array]:
+        """Output and LSE, and of an asynchronous softmax which rows are out of bounds, as the LSE 1 or 0."""
+        if unified_max is None:
+            leaves, tree = jax.tree.flatten((self.ops, self.work, None))
+            return _kernel(self, tree, None, self.out_type)(*leaves)
+        leaves, tree = jax.tree.flatten((self.ops, self.work, unified_max.per_head(self.plane.N)))
+        bounds = unified_max.low, unified_max.high
+        return _kernel(self, tree, bounds, (*self.out_type, self.out_type[1]))(*leaves)
+
+    def again(self, bad: jax.Array, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Output and LSE where the tiles that hold a bad row, [B, N, T], come from an online softmax."""
+        tiles = pad(bad, {2: lse.shape[2]}).reshape(*bad.shape[:2], -1, self.block_q).any(-1)
+        leaves, tree = jax.tree.flatten((self.ops, work_lib.some_of(self.work, tiles), None))
+
+        # In place: reading and writing all outputs once more would cost more than the technique gains.
+        @jax.custom_batching.custom_vmap
+        def run(tiles, out, lse, *leaves):
+            refs = jax.new_ref(out), jax.new_ref(lse)
+            # In a loop, XLA joins a kernel with the slices that it reads, and the array of the loop that it writes, and
+            # forgets that it works in place. It does not look beyond a barrier.
+            _kernel(self, tree, None, ())(*lax.optimization_barrier(leaves), *refs)
+            return lax.optimization_barrier((refs[0][...], refs[1][...]))
+
+        # The rule that Pallas has for vmap does not know an array that is both input and output.
+        @jax.custom_batching.sequential_vmap
+        def run_in_a_loop(tiles, out, lse, *leaves):
+            new_out, new_lse = _kernel(self, tree, None, self.out_type)(*leaves)
+            rows = jnp.repeat(tiles, self.block_q, axis=2)
+            of_out = jnp.repeat(jnp.swapaxes(rows, 1, 2)[:, : out.shape[1]], self.plane.Hv, axis=2)
+            return jnp.where(of_out, new_out, out), jnp.where(rows, new_lse, lse)
+
+        @run.def_vmap
+        def rule(axis_size, batched, *arguments):
+            in_axes = [0 if is_batched else None for is_batched in batched]
+            return jax.vmap(run_in_a_loop, in_axes, axis_size=axis_size)(*arguments), (True, True)
+
+        return run(tiles, out, lse, *leaves)
+
+
+def _launch(query, key, value, bias, sink, mask, scale, soft_cap, config: Sm90Config, num_sms: int) -> _Launch:
+    """Arguments as of `forward`."""
+    (B, _, N, _), block_q = query.shape, R * config.consumers
     inputs = query, key, value, bias, sink, mask, scale, soft_cap
-    plane, schedule, ops = prepare(*inputs, block_q, block_k, acc=TILE, copies_fill=True)
+    plane, schedule, ops = prepare(*inputs, block_q, config.block_k, acc=TILE, copies_fill=True)
     config.check_smem(plane.H, plane.Hv)
-    q_stages, out_in_q = config.q_stages, plane.Hv == plane.H
     bytes_of_plane = 2 * plane.S * (plane.H + plane.Hv) * plane.K // N  # heads of a group share keys and values
     work = work_lib.plan(schedule, B, N, num_sms, L2_BYTES // bytes_of_plane)
-    rows = schedule.live.shape[-1]
+    return _Launch(plane, schedule, ops, work, config, num_sms)
+
+
+def _kernel(
+    launch: _Launch, tree: Any, bounds: tuple[float, float] | None, out_type: Sequence[jax.ShapeDtypeStruct]
+) -> Callable:
+    """The kernel. Its arguments are the leaves of `tree`: operands, work, and phi of an asynchronous softmax, [N]; and,
+    if there is no `out_type`, where output and LSE go.
+
+    Args:
+      bounds: how far logits may be below and above phi; None means an online softmax.
+    """
+    plane, schedule, config, num_sms = launch.plane, launch.schedule, launch.config, launch.num_sms
+    consumers, stages, block_k, block_q = config.consumers, config.stages, config.block_k, launch.block_q
+    q_stages, out_in_q = config.q_stages, plane.Hv == plane.H
+    N, H, Hv, unit = plane.N, plane.H, plane.Hv, plane.unit
     masks = work_lib.some_mixed(schedule)
-    guard = masks or bias is not None  # whether a row may see nothing but -inf
-    leaves, tree = jax.tree.flatten((ops, work))
-    H, Hv, unit = plane.H, plane.Hv, plane.unit
+    guard = masks or plane.has_bias  # whether a row may see nothing but -inf
+    asynchronous = bounds is not None
+    low, high = bounds or (0.0, 0.0)
 
     def flash_attention_sm90(*refs):
-        ops, work = tree.unflatten(refs[: len(leaves)])
-        out_gmem, lse_gmem, *scratch = refs[len(leaves) :]
+        inputs, refs = refs[: tree.num_leaves], refs[tree.num_leaves :]
+        ops, work, phi_gmem = tree.unflatten(inputs)
+        (out_gmem, lse_gmem, *bad_gmem), scratch = refs[:-SCRATCH], refs[-SCRATCH:]
         shared = _Shared(*scratch)
         me, walk = lax.axis_index("warpgroup"), work_lib.Walk(work, schedule, N, 1, lax.axis_index("sm"))
 
@@ -170,14 +295,30 @@ def forward(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(shared.q_free.at[lax.rem(items + q_stages - 1, q_stages)])
 
-            def softmax(x, m, l, item, i, masked, first=False):
-                """Online softmax of products x [R, C]: probabilities, maximum and sum of each row, and by what to
-                multiply earlier sums. m is in base 2. l is kept in 8 columns, summed up at the end."""
+            def softmax(x, m, l, center, item, i, masked, first=False):
+                """Probabilities of products x [R, C], m and l of each row, and what `rescaled` has to know of m.
+
+                m is the maximum, or |x - c| at most, and l the sum. All is in base 2. What would be reduced across
+                threads is kept in 8 columns, to be reduced at the end.
+                """
                 if masked or not plane.plain:
                     col = walk.column(item, i)
                     first_row = item.row * block_q + me * R + zero_of_step(col + i)
                     at = At(item.b, item.n, first_row, col * block_k)
                     x, _ = plane.logits(x, ops, at, masked)
+                if not asynchronous:
+                    return online(x, m, l, first)
+                return *around(center, x, m, l, hides=masked or plane.has_bias), ()
+
+            def around(center, x, m, l, hides):
+                x = x * unit - center
+                distance = jnp.abs(x)
+                if hides:
+                    distance = jnp.where(x == -jnp.inf, 0.0, distance)
+                p = jnp.exp2(x)
+                return p, jnp.maximum(m, in_8_columns(jnp.maximum, distance)), l + in_8_columns(jnp.add, p)
+
+            def online(x, m, l, first):
                 m_tile = jnp.max(x, axis=1) * unit
                 if config.lazy_rescale and not first:
                     raised = ptx.warp_any_positive(m_tile - m - LAZY)
@@ -188,20 +329,28 @@ def forward(
                 shift = jnp.where(m_new == -jnp.inf, 0.0, m_new) if guard else m_new
                 alpha = jnp.exp2(m - shift)
                 p = jnp.exp2(x * unit - along_rows(shift, x.shape))
-                l = l * along_rows(alpha, (R, 8)) + functools.reduce(
-                    jnp.add, [p[:, c : c + 8] for c in range(0, block_k, 8)]
-                )
-                return p, m_new, l, alpha, raised
+                l = l * along_rows(alpha, (R, 8)) + in_8_columns(jnp.add, p)
+                return p, m_new, l, (alpha,) if raised is None else (alpha, raised)
+
+            def rescaled(o, alpha=None, raised=None):
+                """Earlier sums of values, now that m has grown."""
+                if alpha is None:
+                    return o
+                if raised is None:
+                    return o * along_rows(alpha, o.shape)
+                return lax.cond(raised != 0, lambda: o * along_rows(alpha, o.shape), lambda: o)
 
             def do(item, carry):
                 items, step = carry
                 b, n, row, live, *_ = item
+                # Any constant gives the same softmax. Halfway between the bounds, one maximum of |x - c| sees to both.
+                center = (phi_gmem[n] + (low + high) / 2) * LOG2E if asynchronous else None
                 q_slot = lax.rem(items, q_stages)
                 q = shared.q.at[q_slot, pl.ds(me * R, R)]
                 if out_in_q and q_stages == 1:
                     free_queries_before(items)
-                m = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), ROWS)
                 l = plgpu.layout_cast(jnp.zeros((R, 8), jnp.float32), TILE)
+                m = plgpu.layout_cast(jnp.full((R,), -jnp.inf, jnp.float32), ROWS) if not asynchronous else l
                 o = plgpu.layout_cast(jnp.zeros((R, Hv), jnp.float32), TILE)
                 x_zero = plgpu.layout_cast(jnp.zeros((R, block_k), jnp.float32), TILE)
                 slot = lax.rem(step, stages)
@@ -218,8 +367,8 @@ def forward(
 
                 x = pl.run_scoped(first_scores, Accumulator((R, block_k), jnp.float32))
                 plgpu.barrier_arrive(shared.k_free.at[slot])
-                p, m, l, _, _ = softmax(x, m, l, item, 0, masks, first=True)
-                p = p.astype(query.dtype)
+                p, m, l, _ = softmax(x, m, l, center, item, 0, masks, first=True)
+                p = p.astype(plane.dtype)
 
                 def tile(masked, i, carry):
                     o, m, l, p = carry
@@ -228,7 +377,7 @@ def forward(
                     wait_turn()
 
                     def products(refs):
-                        o_ref, m_ref, l_ref, p_ref, alpha_ref, raised_ref = refs
+                        o_ref, m_ref, l_ref, p_ref, *growth_refs = refs
 
                         def scores(s):
                             # S = Q K^T of this tile, and behind it O += P V of the one before.
@@ -240,19 +389,15 @@ def forward(
 
                         x = pl.run_scoped(scores, Accumulator((R, block_k), jnp.float32))
                         plgpu.barrier_arrive(shared.k_free.at[slot])
-                        p_ref[...], m_ref[...], l_ref[...], alpha_ref[...], raised = softmax(x, m, l, item, i, masked)
-                        if raised is not None:
-                            raised_ref[...] = raised
+                        p_ref[...], m_ref[...], l_ref[...], growth = softmax(x, m, l, center, item, i, masked)
+                        for ref, number in zip(growth_refs, growth, strict=True):
+                            ref[...] = number
 
                     # Probabilities are rounded once P V is done: it reads the registers of the ones before until then.
-                    state = (Accumulator.init(o), m, l, x_zero, m, lax.rem(i, 2))
-                    o, m, l, p, alpha, raised = pl.run_state(products)(state)
+                    growth = () if asynchronous else (m, lax.rem(i, 2)) if config.lazy_rescale else (m,)
+                    o, m, l, p, *growth = pl.run_state(products)((Accumulator.init(o), m, l, x_zero, *growth))
                     plgpu.barrier_arrive(shared.v_free.at[previous])
-                    if config.lazy_rescale:
-                        o = lax.cond(raised != 0, lambda: o * along_rows(alpha, o.shape), lambda: o)
-                    else:
-                        o = o * along_rows(alpha, o.shape)
-                    return o, m, l, p.astype(query.dtype)
+                    return rescaled(o, *growth), m, l, p.astype(plane.dtype)
 
                 o, m, l, p = walk.sweep(item, tile, (o, m, l, p), first=1)
                 if not out_in_q:
@@ -268,6 +413,9 @@ def forward(
                 o = pl.run_state(last_product)(Accumulator.init(o))
                 plgpu.barrier_arrive(shared.v_free.at[slot])
                 l = jnp.sum(l, axis=1)
+                if asynchronous:
+                    bad = jnp.where(jnp.max(m, axis=1) >= (high - low) / 2 * LOG2E, 1.0, 0.0)
+                    m = jnp.where(l == 0, -jnp.inf, center)
                 if ops.sink is not None:
                     # The sink is one more logit without a value.
                     sink = ops.sink[n].astype(jnp.float32) * LOG2E
@@ -280,12 +428,16 @@ def forward(
                 out_smem = q if out_in_q else shared.out.at[me]
                 if not out_in_q:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                out_smem[...] = (o * along_rows(1 / l, o.shape)).astype(query.dtype)
+                out_smem[...] = (o * along_rows(1 / l, o.shape)).astype(plane.dtype)
                 shared.lse[me] = jnp.where(empty, -jnp.inf, m * LN2 + jnp.log(l))
+                if asynchronous:
+                    shared.bad[me] = bad
                 plgpu.commit_smem()
                 r = pl.ds(row * block_q + me * R, R)
                 plgpu.copy_smem_to_gmem(out_smem, out_gmem.at[b, r, pl.ds(n * Hv, Hv)])
                 plgpu.copy_smem_to_gmem(shared.lse.at[me], lse_gmem.at[b, n, r])
+                for gmem in bad_gmem:
+                    plgpu.copy_smem_to_gmem(shared.bad.at[me], gmem.at[b, n, r])
                 return items + 1, step + live
 
             items, _ = walk.for_each(do, (jnp.int32(0), jnp.int32(0)))
@@ -295,13 +447,18 @@ def forward(
             pl.when(me == 0)(wait_turn)
             plgpu.wait_smem_to_gmem(0)
 
-    memory = functools.partial(tile_memory, dtype=query.dtype)
+    def in_8_columns(operation, x):
+        return functools.reduce(operation, [x[:, c : c + 8] for c in range(0, block_k, 8)])
+
+    memory, stand_in = functools.partial(tile_memory, dtype=plane.dtype), plgpu.SMEM((8,), jnp.int32)
+    rows_of_consumers = plgpu.SMEM((consumers, R), jnp.float32)
     scratch = _Shared(
         q=memory(q_stages, block_q, H),
         k=memory(stages, block_k, H),
         v=memory(stages, block_k, Hv, depth=block_k),
-        out=plgpu.SMEM((8,), jnp.int32) if out_in_q else memory(consumers, R, Hv),
-        lse=plgpu.SMEM((consumers, R), jnp.float32),
+        out=stand_in if out_in_q else memory(consumers, R, Hv),
+        lse=rows_of_consumers,
+        bad=rows_of_consumers if asynchronous else stand_in,
         q_full=plgpu.Barrier(num_barriers=q_stages),
         q_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=q_stages),
         k_full=plgpu.Barrier(num_barriers=stages),
@@ -309,12 +466,6 @@ def forward(
         v_full=plgpu.Barrier(num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
     )
-    out_type = (
-        jax.ShapeDtypeStruct((B, ops.query.shape[1], N * Hv), query.dtype),
-        jax.ShapeDtypeStruct((B, N, rows * block_q), jnp.float32),
-    )
-    kernel = work_lib.persistent(
+    return work_lib.persistent(
         flash_attention_sm90, out_type, scratch, num_sms, consumers, **cost_estimate(plane, products=2)
     )
-    out, lse = kernel(*leaves)
-    return out.reshape(B, -1, N, Hv)[:, :T, :, : value.shape[3]], lse[:, :, :T]

@@ -35,11 +35,13 @@ class Work(NamedTuple):
       items: int32 [rounds, multiprocessors]; item numbers (b * N / group + n / group) * rows + row, or NO_ITEM.
       rows: int32 [B|1, N|1, rows, 6]: live tiles, mixed tiles, and the four `runs` of a row of tiles.
       order: int32 [B|1, N|1, rows, cols] or None, as in `tiles.Schedule`.
+      rounds: int32 [1], how many of the rounds hold items; None: all.
     """
 
     items: jax.Array
     rows: jax.Array
     order: jax.Array | None
+    rounds: jax.Array | None = None
 
 
 class Item(NamedTuple):
@@ -89,7 +91,8 @@ class Walk(NamedTuple):
         With `ahead` the next one is read while this one is worked on, which takes registers: two reads that depend on
         each other take a microsecond.
         """
-        rounds, rows = self.work.items.shape[0], self.schedule.live.shape[-1]
+        most, rows = self.work.items.shape[0], self.schedule.live.shape[-1]
+        rounds = most if self.work.rounds is None else self.work.rounds[0]
         heads = self.N // self.group
 
         def numbered(number):
@@ -106,7 +109,7 @@ class Walk(NamedTuple):
 
         def one(r, state):
             number, item, carry = state
-            following = self.work.items[jnp.minimum(r + 1, rounds - 1), self.sm]
+            following = self.work.items[jnp.minimum(r + 1, most - 1), self.sm]
             following_item = numbered(following)
             carry = lax.cond(number >= 0, lambda: do(item, carry), lambda: carry)
             return following, following_item, carry
@@ -169,6 +172,14 @@ def plan(schedule: Schedule, B: int, N: int, num_sms: int, planes_in_cache: int,
         items = _sorted(costs.reshape(B * heads, -1), num_sms, together)
     order = None if schedule.order is None else jnp.asarray(schedule.order)
     return Work(jnp.asarray(items), jnp.asarray(rows), order)
+
+
+def some_of(work: Work, wanted: jax.Array) -> Work:
+    """The items of rows of tiles where `wanted`, bool [B, N, rows]; each stays with its multiprocessor."""
+    keep = (work.items >= 0) & wanted.reshape(-1)[jnp.maximum(work.items, 0)]
+    ends = jnp.arange(1, len(work.items) + 1, dtype=jnp.int32)[:, None]
+    rounds = jnp.max(jnp.where(keep, ends, 0)).reshape(1)
+    return work._replace(items=jnp.where(keep, work.items, NO_ITEM), rounds=rounds)
 
 
 def _six(schedule: Schedule) -> Any:

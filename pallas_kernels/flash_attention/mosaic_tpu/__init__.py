@@ -53,6 +53,10 @@ def supports(call: Call, device: Device) -> Refusal | None:
         return Refusal(f"its kernels are for TPUs, and this is {device.platform}")
     if not device.arch:
         return Refusal(f"its kernels are compiled for TPU v4 and later, and this is {device.kind}")
+    if call.direction == "forward" and call.option("unified_max") is not None:
+        return Refusal(
+            "its softmax is online; unified_max has kernels for NVIDIA Hopper GPUs, and runs in xla anywhere"
+        )
     dtype = call.arguments[0].dtype
     if dtype not in ("float32", "bfloat16"):
         return Refusal(f"TPUs compute in float32 and bfloat16, not in {dtype}")

@@ -29,7 +29,8 @@ HIGHEST = 60.0
 class UnifiedMax:
     """The constant of an asynchronous softmax, and how far from it logits may be.
 
-    Logits are meant after scale and soft cap. Hidden keys are never out of bounds.
+    Logits are meant after scale, soft cap and bias. A key that is hidden, by a mask or a bias of -inf, is never out of
+    bounds.
 
     Attributes:
       phi: what takes the place of the maximum: a number, or an array [N] with one for each head.
@@ -60,11 +61,27 @@ class UnifiedMax:
         return (shifted <= self.low) | (shifted >= self.high)
 
 
-class DecodeStats(NamedTuple):
+class SoftmaxStats(NamedTuple):
     """What an asynchronous softmax had to do again.
 
     Attributes:
-      recomputed_rows: int32 [B]; rows (query heads, times new tokens) of each sequence that were out of bounds.
+      recomputed_rows: int32 [B]; rows (query heads, times queries) of each batch element that were out of bounds.
     """
 
     recomputed_rows: jax.Array
+
+
+def check_unified_max(op: str, unified_max: UnifiedMax | None, N: int) -> tuple[float, float] | None:
+    """Its bounds, which are static, for `Call.options`.
+
+    Raises:
+      TypeError: it is something else.
+      ValueError: there is not one phi for all heads, nor one for each of the N.
+    """
+    if unified_max is None:
+        return None
+    if not isinstance(unified_max, UnifiedMax):
+        raise TypeError(f"{op}: unified_max must be a UnifiedMax or None, got {type(unified_max).__name__}.")
+    if jnp.shape(unified_max.phi) not in ((), (N,)):
+        raise ValueError(f"{op}: unified_max.phi must be a number or [N] with N={N}, got {jnp.shape(unified_max.phi)}.")
+    return unified_max.low, unified_max.high
