@@ -206,6 +206,19 @@ def cudnn_decode(arguments: Arguments, direction: str) -> list[Candidate]:
     return [(attend, arguments)]
 
 
+def cublas(arguments: Arguments, direction: str) -> list[Candidate]:
+    """jnp.dot, as one would write it. XLA times cuBLAS beside kernels of its own when it compiles, and takes the
+    faster."""
+    if extra := [name for name in ("bias", "residual", "activation") if arguments.get(name) is not None]:
+        raise Unavailable(f"multiplies, and takes no {', '.join(extra)}")
+
+    def dot(arguments: Arguments) -> jax.Array:
+        x, w = arguments["x"], arguments["w"]
+        return jnp.dot(x, w.T if arguments["transpose_w"] else w)
+
+    return [(dot, arguments)]
+
+
 def jax_mosaic_gpu(arguments: Arguments, direction: str) -> list[Candidate]:
     """JAX's own FlashAttention-3 for Hopper: jax.experimental.pallas.ops.gpu.attention_mgpu."""
     _only(arguments, "mask")
@@ -388,4 +401,5 @@ BASELINES: Mapping[str, Mapping[str, Baseline]] = {
         "jax_xla": jax_xla,
     },
     "decode_attention": {"cudnn": cudnn_decode},
+    "flat_gemm": {"cublas": cublas},
 }

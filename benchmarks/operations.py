@@ -19,6 +19,10 @@ from pallas_kernels.flash_attention import api as flash_attention_api
 from pallas_kernels.flash_attention import config as flash_attention_config
 from pallas_kernels.flash_attention import reference as flash_attention_reference
 from pallas_kernels.flash_attention import shapes as flash_attention_shapes
+from pallas_kernels.flat_gemm import api as flat_gemm_api
+from pallas_kernels.flat_gemm import config as flat_gemm_config
+from pallas_kernels.flat_gemm import reference as flat_gemm_reference
+from pallas_kernels.flat_gemm import shapes as flat_gemm_shapes
 
 Arguments = dict[str, Any]
 # Where something lies in an array: an index that NumPy takes.
@@ -55,8 +59,8 @@ class Operation:
       specification: (arguments) -> what it must be.
       naive: (arguments) -> what the naive way makes of it in the arguments' precision.
       samples: (arguments) -> the parts of a large call that are held to the specification.
-      config: (arguments, implementation, architecture) -> the configuration that makes an implementation's kernels for
-        that architecture run here; None if all have one set of kernels.
+      config: (arguments, implementation, variant) -> the configuration that makes an implementation's kernels for that
+        architecture, or of that route, run here; None if all have one set of kernels.
       memory_bound: whether to rotate the arguments so that none is found in the cache.
     """
 
@@ -130,6 +134,43 @@ def decode_samples(arguments: Arguments) -> list[Sample]:
     return samples
 
 
+def gemm_samples(arguments: Arguments, columns: int = 96) -> list[Sample]:
+    """Two cuts through a product, each exact where it looks.
+
+    Some columns of the weight, the first and the last among them: output of every row, and gradient of these columns.
+    And the first and the last row: output and gradient of x, in which all columns take part.
+    """
+    x, w = arguments["x"], arguments["w"]
+    leading: Index = (slice(None),) * (x.ndim - 1)
+    axis = 0 if arguments["transpose_w"] else 1
+    N, halves = w.shape[axis], 2 if arguments["activation"] == "swiglu" else 1
+    O = N // halves
+    chosen = np.random.default_rng(0).choice(O, min(columns, O), replace=False)
+    chosen = np.unique([0, *chosen, O - 1]).astype(np.int32)
+    # Gate and up of the same output.
+    of_weight = np.concatenate([chosen + half * O for half in range(halves)])
+    cuts: dict[str, Index] = {
+        "w": np.s_[of_weight] if axis == 0 else np.s_[:, of_weight],
+        "bias": np.s_[of_weight],
+        "residual": (*leading, chosen),
+    }
+    some = arguments | {name: arguments[name][cut] for name, cut in cuts.items() if name in arguments}
+    rows = np.unique([0, x.shape[-2] - 1])
+    ends: Index = (*leading[:-1], rows)
+    two = arguments | {name: arguments[name][ends] for name in ("x", "residual") if name in arguments}
+    return [
+        Sample(f"{len(chosen)} columns", some, (*leading, chosen), (None, cuts["w"])),
+        Sample(f"rows {', '.join(map(str, rows))}", two, ends, (ends, None)),
+    ]
+
+
+def gemm_config(arguments: Arguments, implementation: str, route: str) -> flat_gemm_config.Config:
+    """See `Operation.config`; ValueError if the implementation has no such route."""
+    if implementation != "mosaic_gpu":
+        raise ValueError(f'{implementation!r} has no route {route!r}; "mosaic_gpu" has, "A" and "B".')
+    return flat_gemm_config.for_route(flat_gemm_api.describe(**arguments), device_lib.current(), route)
+
+
 def attention_config(arguments: Arguments, implementation: str, arch: str) -> flash_attention_config.Config:
     """See `Operation.config`; ValueError if the implementation has no kernels for that architecture."""
     call = flash_attention_api.describe(**{**arguments, "mask": masks.as_mask(arguments.get("mask"))})
@@ -160,6 +201,16 @@ OPERATIONS: dict[str, Operation] = {
         samples=decode_samples,
         memory_bound=True,
     ),
+    "flat_gemm": Operation(
+        function=pallas_kernels.flat_gemm,
+        shapes=flat_gemm_shapes.SHAPES,
+        differentiable=("x", "w"),
+        specification=flat_gemm_reference.specified,
+        naive=flat_gemm_reference.naively,
+        samples=gemm_samples,
+        config=gemm_config,
+        memory_bound=True,
+    ),
 }
 
 
@@ -188,7 +239,7 @@ def directed(
     if direction != "forward_backward":
         raise ValueError(f'direction must be "forward" or "forward_backward", got {direction!r}')
     if cotangent is None:
-        cotangent = cotangent_like(output_shape(function, arguments))
+        cotangent = cotangent_like(output_of(function, arguments).shape)
 
     def both(cotangent: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         given = with_arrays(arguments, arrays)
@@ -201,6 +252,6 @@ def directed(
     return both, [cotangent, *arrays]
 
 
-def output_shape(function: Callable[[Arguments], jax.Array], arguments: Arguments) -> tuple[int, ...]:
-    """Shape of the output of a call, without running it."""
-    return jax.eval_shape(lambda *arrays: function(with_arrays(arguments, arrays)), *arrays_of(arguments)).shape
+def output_of(function: Callable[[Arguments], jax.Array], arguments: Arguments) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the output of a call, without running it."""
+    return jax.eval_shape(lambda *arrays: function(with_arrays(arguments, arrays)), *arrays_of(arguments))

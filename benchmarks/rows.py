@@ -4,6 +4,7 @@
 benchmarks/results/<device>.csv          operations, one row a shape, direction, dtype and implementation
 benchmarks/results/<device>_models.csv   whole models, one row a phase
 benchmarks/results/<device>_fastattention.csv   the claims of the FastAttention paper, one row a figure
+benchmarks/results/<device>_flat_gemm_sweep.csv   tiles of flat_gemm, one row a tile and size
 """
 
 import csv
@@ -131,6 +132,37 @@ class PaperRow:
         return (self.part, self.case, self.length, self.variant)
 
 
+@dataclasses.dataclass(frozen=True)
+class SweepRow:
+    """One measurement of flat_gemm with one tile, for the sweep of FlashDecoding++'s Figure 7.
+
+    Attributes:
+      m, n, k: rows, output features, input features.
+      dtype, implementation: as in Row.
+      block_n, stages: output features of a block, tiles of the weight in shared memory; "" where a library chooses.
+      median_us, gbs: as in Row.
+      commit, jax, device: as in Row.
+    """
+
+    m: str
+    n: str
+    k: str
+    dtype: str
+    implementation: str
+    block_n: str
+    stages: str
+    median_us: str
+    gbs: str
+    commit: str
+    jax: str
+    device: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes two rows measurements of the same thing."""
+        return (self.m, self.n, self.k, self.dtype, self.implementation, self.block_n, self.stages)
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A figure with that many significant digits, never in exponent form; "" for None.
 
@@ -179,7 +211,7 @@ def environment() -> dict[str, str]:
     return {"commit": commit(), "jax": jax.__version__, "device": device_lib.current().kind}
 
 
-def append[R: (Row, ModelRow, PaperRow)](file: Path, rows: Sequence[R]) -> None:
+def append[R: (Row, ModelRow, PaperRow, SweepRow)](file: Path, rows: Sequence[R]) -> None:
     """Adds rows to a CSV file, which is made with its header if it is not there.
 
     Raises:
@@ -201,7 +233,7 @@ def append[R: (Row, ModelRow, PaperRow)](file: Path, rows: Sequence[R]) -> None:
         writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
-def read[R: (Row, ModelRow, PaperRow)](file: Path, kind: type[R]) -> list[R]:
+def read[R: (Row, ModelRow, PaperRow, SweepRow)](file: Path, kind: type[R]) -> list[R]:
     """The newest row of each measurement, in the order in which they were first measured.
 
     Raises:
@@ -214,6 +246,6 @@ def read[R: (Row, ModelRow, PaperRow)](file: Path, kind: type[R]) -> list[R]:
             raise ValueError(f"{file}: does not hold rows of {kind.__name__}: {error}") from error
 
 
-def newest[R: (Row, ModelRow, PaperRow)](rows: Iterable[R]) -> list[R]:
+def newest[R: (Row, ModelRow, PaperRow, SweepRow)](rows: Iterable[R]) -> list[R]:
     """Drops every row that a later one replaces."""
     return list({row.key: row for row in rows}.values())

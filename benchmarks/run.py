@@ -5,7 +5,8 @@
     python -m benchmarks.run flash_attention --shapes='d128_causal_*,packed_16k' --implementations=auto,xla,cudnn \\
         --dtype=bfloat16 --direction=forward,forward_backward
 
-An implementation's name may end in "@sm80" or another architecture: its kernels for that one run, if they can here.
+An implementation's name may end in "@sm80" or another architecture, or in "@A" or "@B", a route of flat_gemm: its
+kernels for that one run, if they can here.
 Prints a row as soon as it is measured, and appends all to benchmarks/results/<device>.csv (`--out` names another).
 `python -m benchmarks.table` and `python -m benchmarks.plot` make the README's tables and the pictures of it.
 """
@@ -35,7 +36,7 @@ from benchmarks.operations import (
     Sample,
     cotangent_like,
     directed,
-    output_shape,
+    output_of,
 )
 from benchmarks.rows import Row, number
 from pallas_kernels import UnsupportedError
@@ -161,12 +162,12 @@ def measure_call(
 def _candidates(call: Measured, name: str, direction: str) -> list[Candidate]:
     if name in BASELINES.get(call.op, {}):
         return BASELINES[call.op][name](call.arguments, direction)
-    implementation, _, arch = name.partition("@")
+    implementation, _, variant = name.partition("@")
     options = {}
-    if arch:
+    if variant:
         if call.operation.config is None:
-            raise Unavailable(f"{call.op} has no kernels for {arch} alone")
-        options = {"config": call.operation.config(call.arguments, implementation, arch)}
+            raise Unavailable(f"{call.op} has no kernels for {variant} alone")
+        options = {"config": call.operation.config(call.arguments, implementation, variant)}
     return [(functools.partial(_by_name, call.operation, implementation=implementation, **options), call.arguments)]
 
 
@@ -251,9 +252,9 @@ class Truth:
         self.samples = [everything] if exact else operation.samples(arguments)
         self.expected: list[list[jax.Array]] = []
         self.naive: list[list[jax.Array]] = []
-        dtype = arguments["query"].dtype
-        double = exact or dtype == jnp.float32
-        whole = cotangent_like(output_shape(functools.partial(_by_name, operation, implementation="xla"), arguments))
+        output = output_of(functools.partial(_by_name, operation, implementation="xla"), arguments)
+        double = exact or output.dtype == jnp.float32
+        whole = cotangent_like(output.shape)
         for sample in self.samples:
             cotangent = whole[sample.output]
             # On GPUs and TPUs "float32" products are rounded to less, unless told otherwise.

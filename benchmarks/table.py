@@ -70,7 +70,9 @@ def fill(text: str, results: Path) -> str:
 
 def operation_table(measured: Sequence[Row]) -> list[str]:
     """Our implementations, each beside the baselines that were measured at the same commit."""
-    names = BASELINES.get(measured[0].op, {}) if measured else {}
+    if not measured:
+        return ["Not measured yet."]
+    names = BASELINES.get(measured[0].op, {})
     header = ["shape", "direction", "dtype", "implementation", "µs", "TFLOP/s", "% of roofline"]
     header += [*(f"vs {name}" for name in names), "best baseline", "times as fast", "commit"]
     baselines = {(*_call(row), row.implementation): row for row in measured if row.implementation in names}

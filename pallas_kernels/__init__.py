@@ -7,6 +7,16 @@ from pallas_kernels.core.dispatch import explain
 from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.decode_attention.softmax import DecodeStats, UnifiedMax
 from pallas_kernels.flash_attention.api import flash_attention
+from pallas_kernels.flat_gemm.api import flat_gemm
 
-__all__ = ["DecodeStats", "UnifiedMax", "UnsupportedError", "decode_attention", "explain", "flash_attention", "masks"]
+__all__ = [
+    "DecodeStats",
+    "UnifiedMax",
+    "UnsupportedError",
+    "decode_attention",
+    "explain",
+    "flash_attention",
+    "flat_gemm",
+    "masks",
+]
 __version__ = "0.1.0"

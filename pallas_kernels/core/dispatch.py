@@ -94,13 +94,16 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The answer for one call and direction. `implementation` is None where nothing accepted the call."""
+    """The answer for one call and direction. `implementation` is None where nothing accepted the call; `automatic` is
+    what "auto" asks for such a call, `why` the reason for another order than everybody's."""
 
     call: Call
     device: Device
     requested: tuple[str, ...]
     implementation: str | None
     refusals: tuple[tuple[str, Refusal], ...]
+    automatic: tuple[str, ...] = AUTOMATIC
+    why: str = ""
 
     @property
     def name(self) -> str:
@@ -120,7 +123,7 @@ class Choice:
         what = "this call" if self.call.direction == "forward" else "the gradient of this call"
         reasons = [r.why if len(self.refusals) == 1 else f"{name}: {r.why}" for name, r in self.refusals]
         # A retry on "auto" must be judged as it would be: the automatic order, same direction.
-        rescue = choose(self.call, "auto", self.device, record=False).implementation
+        rescue = choose(self.call, self.automatic, self.device, record=False).implementation
         hint = f'implementation="auto" (would run "{rescue}")' if rescue else "no implementation takes it"
         return (
             f"{self.call.op}(implementation={spelled}) cannot run {what}.\n"
@@ -149,14 +152,14 @@ def _ask(call: Call, implementation: str, device: Device) -> Refusal | None:
     return module.supports(call, device)
 
 
-def requested_names(implementation: Implementation) -> tuple[str, ...]:
-    """The names to try in order; ValueError for one that does not exist.
+def requested_names(implementation: Implementation, automatic: tuple[str, ...] = AUTOMATIC) -> tuple[str, ...]:
+    """The names to try in order, `automatic` for "auto"; ValueError for one that does not exist.
 
     >>> requested_names("auto")
     ('mosaic_gpu', 'mosaic_tpu', 'xla')
     """
     if isinstance(implementation, str):
-        names = AUTOMATIC if implementation == "auto" else (implementation,)
+        names = automatic if implementation == "auto" else (implementation,)
     else:
         names = tuple(implementation)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
@@ -171,11 +174,20 @@ _logged: set[tuple[Call, Device]] = set()
 
 
 def choose(
-    call: Call, implementation: Implementation = "auto", device: Device | None = None, *, record: bool = True
+    call: Call,
+    implementation: Implementation = "auto",
+    device: Device | None = None,
+    *,
+    record: bool = True,
+    automatic: tuple[str, ...] = AUTOMATIC,
+    why: str = "",
 ) -> Choice:
-    """The first requested implementation that accepts `call`, with the refusals met on the way."""
+    """The first requested implementation that accepts `call`, with the refusals met on the way.
+
+    An operation that knows which implementation is the fastest for a call says what "auto" asks for it, and why.
+    """
     device = device or device_lib.current()
-    names = requested_names(implementation)
+    names = requested_names(implementation, automatic)
     refusals: list[tuple[str, Refusal]] = []
     chosen = None
     for name in names:
@@ -184,7 +196,7 @@ def choose(
             chosen = name
             break
         refusals.append((name, refusal))
-    choice = Choice(call, device, names, chosen, tuple(refusals))
+    choice = Choice(call, device, names, chosen, tuple(refusals), automatic, why)
     if record:
         if (record_to := _recorder.get()) is not None:
             record_to.append(choice)
@@ -222,7 +234,8 @@ class Explanation(tuple[Choice, ...]):
                 shown = forward
                 yield f"{choice.call.op} on {choice.device}"
                 yield f"  call     {choice.call}"
-            yield f"  {choice.call.direction:<8} {choice.implementation or 'refused'}"
+            why = f" ({choice.why})" if choice.why else ""
+            yield f"  {choice.call.direction:<8} {choice.implementation or 'refused'}{why}"
             for name, refusal in choice.refusals:
                 yield f"    {name:<10} no: {refusal}"
 

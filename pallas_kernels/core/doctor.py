@@ -35,6 +35,7 @@ PACKAGES = (
 CALLS = {
     "flash_attention": ("llama2_7b_prefill_4k", "head_dims_192_128", "vit_b16_224"),
     "decode_attention": ("batch_8_8k_page_16", "int8_160"),
+    "flat_gemm": ("llama2_7b_qkv_m1", "llama2_7b_qkv_m128"),
 }
 
 

@@ -29,7 +29,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jaxlib
@@ -87,20 +87,29 @@ class TuningResult:
         """Merges into the tables under `root` (the user's cache by default); each file is replaced at once."""
         root = pathlib.Path(root) if root is not None else cache_folder()
         for name, entries in self.tables.items():
-            merged = {**_read_table(root / name), **entries}
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=(root / name).parent, suffix=".tmp", delete=False) as file:
-                json.dump(merged, file, indent=1, sort_keys=True)
-            os.replace(file.name, root / name)
+            write_table(root / name, {**read_table(root / name), **entries})
 
     @staticmethod
     def load(root: str | os.PathLike | None = None) -> "TuningResult":
         """Every table under `root` (the user's cache by default)."""
         root = pathlib.Path(root) if root is not None else cache_folder()
-        return TuningResult({str(p.relative_to(root)): _read_table(p) for p in sorted(root.glob("*/*.json"))})
+        return TuningResult({str(p.relative_to(root)): read_table(p) for p in sorted(root.glob("*/*.json"))})
 
 
-def _read_table(path: pathlib.Path) -> Mapping[str, Any]:
+def write_table(path: pathlib.Path, table: Mapping[str, Any]) -> None:
+    """Replaces a table at once: who reads it meanwhile sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump(table, file, indent=1, sort_keys=True)
+    os.replace(file.name, path)
+
+
+def stored_tables(name: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The user's table of that name, and the shipped one."""
+    return read_table(cache_folder() / name), read_table(_SHIPPED / name)
+
+
+def read_table(path: pathlib.Path) -> Mapping[str, Any]:
     """A table; an unreadable one is empty, since a lost table costs speed and never an answer."""
     try:
         status = path.stat()
@@ -141,20 +150,15 @@ def resolve[ConfigT](choice: Choice, kind: type[ConfigT], heuristic: Callable, g
     name = table_name(choice.device.kind, choice.call.op, implementation)
     entry_key = key(choice.call, implementation)
     in_use = _in_use.get()
-    tables = (
-        lambda: in_use.tables.get(name, {}) if in_use else {},
-        lambda: _read_table(cache_folder() / name),
-        lambda: _read_table(_SHIPPED / name),
-    )
-    for table in tables:
-        if (config := _parse(table().get(entry_key), kind)) is not None:
+    for table in (in_use.tables.get(name, {}) if in_use else {}, *stored_tables(name)):
+        if (config := _parse(table.get(entry_key), kind)) is not None:
             return config
     return heuristic(choice.call, choice.device, implementation)
 
 
 def _parse[ConfigT](fields: Any, kind: type[ConfigT]) -> ConfigT | None:
-    """A Config from its stored fields; None if they no longer make one."""
-    if not isinstance(fields, dict):
+    """A Config from its stored fields; None if they no longer make one, or are those of another kind."""
+    if not isinstance(fields, dict) or set(fields) != {field.name for field in dataclasses.fields(cast(Any, kind))}:
         return None
     try:
         return kind(**fields)

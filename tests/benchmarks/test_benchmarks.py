@@ -14,11 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import baselines, fastattention, live_tiles, models, operations, plot, rows, run, table, timing
+from benchmarks import (
+    baselines,
+    fastattention,
+    flat_gemm_sweep,
+    live_tiles,
+    models,
+    operations,
+    plot,
+    rows,
+    run,
+    table,
+    timing,
+)
 from pallas_kernels import masks
 from pallas_kernels.core import device
+from pallas_kernels.core import timing as core_timing
 from pallas_kernels.flash_attention.config import Sm80Config, Sm90Config
 from pallas_kernels.flash_attention.shapes import SHAPES
+from pallas_kernels.flat_gemm.config import MatrixConfig, VectorConfig
+from pallas_kernels.flat_gemm.shapes import Shape
 
 FLASH_ATTENTION = operations.OPERATIONS["flash_attention"]
 ROW = rows.Row(
@@ -188,7 +203,7 @@ def test_wall_clock_measures_waiting():
 def test_rotation_divides_by_the_number_of_copies():
     calls = []
     x = jnp.ones(2**20, jnp.float32)
-    assert timing._copies([x]) == 25  # 100 MiB of 4 MiB
+    assert core_timing._copies([x]) == 25  # 100 MiB of 4 MiB
     timing.measure(lambda x: (calls.append(x), x * 2)[1], [x], method="wall", budget=0, rotate=True)
     assert len(calls) == 25
 
@@ -260,6 +275,7 @@ def test_tables_are_written_between_markers(tmp_path):
         "after",
     ]
     assert table.fill(filled, tmp_path) == filled
+    assert "\nNot measured yet.\n" in table.fill(text.replace("flash", "decode"), tmp_path)
 
 
 def test_plot(tmp_path):
@@ -463,3 +479,70 @@ def test_driver_measures_what_has_no_gradient(tmp_path):
     assert [(row.direction, row.implementation) for row in rows.read(tmp_path / "cpu.csv", rows.Row)] == [
         ("forward", "xla")
     ]
+
+
+@pytest.mark.parametrize("shape", ["swiglu_3", "silu_5", "leading_2_3"])
+def test_samples_of_a_product_are_parts_of_it(shape):
+    operation = operations.OPERATIONS["flat_gemm"]
+    arguments = operation.shapes[shape].make("float32", jax.random.key(0))
+    call, arrays = operations.directed(operation.specification, arguments, "forward_backward", operation.differentiable)
+    leaves = jax.tree.leaves(jax.jit(call)(*arrays))
+    truth = run.Truth(operation, arguments, "forward_backward", exact=False)
+    truth.check(leaves)
+    for i, which in enumerate(["output", "gradient 0", "gradient 1"]):
+        with pytest.raises(AssertionError, match=which):
+            truth.check([leaf * (1.01 if i == j else 1) for j, leaf in enumerate(leaves)])
+
+
+def test_driver_measures_products(tmp_path, capsys):
+    argv = ["flat_gemm", "--shapes=plain_8,silu_5", "--budget=0", f"--out={tmp_path / 'cpu.csv'}"]
+    assert run.main([*argv, "--direction=forward", "--implementations=auto,cublas"]) == 0
+    assert "multiplies, and takes no bias, residual, activation" in capsys.readouterr().out
+    measured = rows.read(tmp_path / "cpu.csv", rows.Row)
+    assert [(row.shape, row.implementation) for row in measured] == [
+        ("plain_8", "xla"),
+        ("plain_8", "cublas"),
+        ("silu_5", "xla"),
+    ]
+    assert float(measured[0].tflops) == pytest.approx(2 * 8 * 192 * 256 / float(measured[0].median_us) / 1e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(("route", "kind"), [("A", VectorConfig), ("B", MatrixConfig)])
+def test_a_route_may_be_asked_for(route, kind):
+    operation = operations.OPERATIONS["flat_gemm"]
+    arguments = operation.shapes["plain_8"].make("float32", jax.random.key(0))
+    assert type(operation.config(arguments, "mosaic_gpu", route)) is kind
+    for implementation, name in (("mosaic_gpu", "C"), ("xla", "A")):
+        with pytest.raises(ValueError, match=f"no route '{name}'"):
+            operation.config(arguments, implementation, name)
+
+
+def test_sweep_of_tiles(tmp_path, monkeypatch, capsys):
+    """There is no kernel for a CPU: what is asked of it is given to XLA."""
+    asked = []
+
+    real = flat_gemm_sweep.OPERATION
+
+    def spy(*, implementation, config=None, **arguments):
+        asked.append((implementation, config))
+        return real.function(**arguments, implementation="xla")
+
+    monkeypatch.setattr(flat_gemm_sweep, "OPERATION", dataclasses.replace(real, function=spy))
+    out = tmp_path / "cpu_flat_gemm_sweep.csv"
+    argv = ["--n=512,1024", "--k=2048", "--block_n=32,64,128", "--dtype=float32", "--budget=0", f"--out={out}"]
+    assert flat_gemm_sweep.main(argv) == 0
+    assert "left out: MatrixConfig.block_n must be one of (64, 128, 256), got 32." in capsys.readouterr().out
+    measured = rows.read(out, rows.SweepRow)
+    assert [(row.n, row.implementation, row.block_n) for row in measured] == [
+        (n, *tile) for n in ("512", "1024") for tile in (("xla", ""), ("mosaic_gpu", "64"), ("mosaic_gpu", "128"))
+    ]
+    assert ("mosaic_gpu", MatrixConfig(64, stages=2)) in asked
+    nbytes = 4 * (8 * 2048 + 512 * 2048 + 8 * 512)
+    assert float(measured[0].gbs) == pytest.approx(nbytes / float(measured[0].median_us) / 1e3, rel=2e-3)
+    assert (tmp_path / "cpu_flat_gemm_sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_says_what_does_not_run(capsys):
+    [row] = flat_gemm_sweep.sweep(Shape(8, 64, 32), "float32", [MatrixConfig(64)], "wall", 0)
+    assert row.implementation == "xla"
+    assert "mosaic_gpu MatrixConfig(block_n=64" in capsys.readouterr().out

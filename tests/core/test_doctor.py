@@ -10,6 +10,8 @@ def test_report_names_versions_devices_and_choices(capsys):
     assert "8 x cpu (peak rates unknown)" in out
     assert "llama2_7b_prefill_4k: flash_attention on cpu" in out
     assert "  forward  xla" in out
+    assert "llama2_7b_qkv_m1: flat_gemm on cpu" in out
+    assert "(route C: not measured on this device)" in out
 
 
 def test_a_gpu_that_jax_does_not_see_is_a_problem(monkeypatch, capsys):

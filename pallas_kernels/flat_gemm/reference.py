@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""THE SPECIFICATION of flat_gemm: plain jnp in float32 (float64), no speed. If in doubt, this is right.
+
+    z[m, n]   = sum_k x[m, k] w[k, n] + bias[n]
+    out[m, o] = residual[m, o] + activation(z)[m, o]
+
+    silu(z) = z / (1 + exp(-z))       gelu(z) = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3)))
+    swiglu(z)[m, o] = silu(z[m, o]) * z[m, N / 2 + o]          N / 2 columns remain of N
+
+`naively` is the unfused way in the precision of the input: its error is what core/tolerance.py calls normal.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.core.device import Device
+from pallas_kernels.core.dispatch import Call, Refusal
+
+
+def supports(call: Call, device: Device) -> Refusal | None:
+    return None  # everything; "auto" never asks
+
+
+def swiglu(z: jax.Array) -> jax.Array:
+    """The first half of the columns are gates, the second what they let through."""
+    gate, up = jnp.split(z, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+# Activations by name. All but swiglu keep the columns.
+ACTIVATIONS: Mapping[str | None, Callable[[jax.Array], jax.Array]] = {
+    None: lambda z: z,
+    "silu": jax.nn.silu,
+    "gelu": lambda z: jax.nn.gelu(z, approximate=True),
+    "swiglu": swiglu,
+}
+
+
+def gemm(
+    x: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    *,
+    activation: str | None = None,
+    transpose_w: bool = False,
+) -> jax.Array:
+    """[..., M, N] (N / 2 for swiglu), float32 (float64 for float64 input)."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    z = jnp.einsum("...mk,nk->...mn" if transpose_w else "...mk,kn->...mn", x.astype(dtype), w.astype(dtype))
+    return epilogue(z, bias, residual, activation)
+
+
+def epilogue(z: jax.Array, bias: jax.Array | None, residual: jax.Array | None, activation: str | None) -> jax.Array:
+    """What happens to the products, in their dtype."""
+    z = z if bias is None else z + bias.astype(z.dtype)
+    z = ACTIVATIONS[activation](z)
+    return z if residual is None else residual.astype(z.dtype) + z
+
+
+def specified(arguments: dict[str, Any]) -> jax.Array:
+    """Output by `gemm`, of the public function's arguments by name; what is not given has its default."""
+    return gemm(**arguments)
+
+
+def naively(arguments: dict[str, Any]) -> jax.Array:
+    """The same, every step rounded to the dtype of x."""
+    options = dict(arguments)
+    x, w, activation = options.pop("x"), options.pop("w"), options.pop("activation", None)
+    z = x @ (w.T if options.pop("transpose_w", False) else w)
+    return epilogue(z, options.pop("bias", None), options.pop("residual", None), activation)

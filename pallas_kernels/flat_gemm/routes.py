@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the three routes a call takes: a look-up by M while tracing, so that it costs nothing when it runs.
+
+    M < M1          A   mosaic_gpu with a VectorConfig    no tensor cores
+    M1 <= M < M2    B   mosaic_gpu with a MatrixConfig    the weight is the wide operand of the tensor cores
+    M2 <= M         C   xla                               the library's matrix product
+
+M1 is the first M at which B beats A, M2 the first at which C beats the better of both, of one weight [N, K] in one
+orientation and dtype on one device. `python -m pallas_kernels.flat_gemm.dataflow` measures them; the table is
+
+    <device>/flat_gemm.dataflow.json    {"bfloat16,NK": {"4096,4096": {"M1": 4, "M2": 128, "us": {"A": {"1": 13.4}}}}}
+
+in the user's cache or, failing that, beside the shipped configurations (core/tuning.py).
+
+Source: Hong et al., "FlashDecoding++", 2023, section 5, "heuristic dataflow".
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pallas_kernels.core import tuning
+from pallas_kernels.core.device import Device
+from pallas_kernels.core.dispatch import Call
+
+# Kernels take so many rows; beyond there is C alone.
+MOST_ROWS = 256
+_ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """The answer for one call.
+
+    Attributes:
+      name: "A", "B" or "C".
+      kernel: "A" or "B", whichever is better if mosaic_gpu is to run.
+      why: for `pallas_kernels.explain`.
+    """
+
+    name: str
+    kernel: str
+    why: str
+
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """What "auto" asks, in order."""
+        return ("xla",) if self.name == "C" else ("mosaic_gpu", "xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossings:
+    """Where the routes of one weight cross.
+
+    Attributes:
+      M1: the first number of rows at which B beats A; MOST_ROWS + 1 if it never does.
+      M2: the first at which C beats both; MOST_ROWS + 1 if it never does.
+    """
+
+    M1: int
+    M2: int
+
+    def __post_init__(self):
+        for name in ("M1", "M2"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= MOST_ROWS + 1:
+                raise ValueError(f"Crossings.{name} must be an integer from 1 to {MOST_ROWS + 1}, got {value!r}.")
+
+    def kernel(self, M: int) -> str:
+        """The better of both kernels."""
+        return "A" if M < self.M1 else "B"
+
+    def route(self, M: int) -> str:
+        return "C" if M >= self.M2 else self.kernel(M)
+
+
+def choose(call: Call, device: Device) -> Route:
+    """The route of a call.
+
+    A weight that was not measured takes the crossings of the one nearest to it in log N and log K. On a device without
+    a table, A runs below 8 rows (what tensor cores would pad to) and B up to 64 (the rows of a library's tile), on
+    NVIDIA GPUs from Ampere on; elsewhere everything takes C.
+    """
+    s = call.sizes
+    M, N, K = s["M"], s["N"], s["K"]
+    measured = table(device).get(key(call.arguments[0].dtype, call.option("transpose_w")), {})
+    if measured:
+        n, k = min(measured, key=lambda at: math.hypot(math.log(at[0] / N), math.log(at[1] / K)))
+        crossings, source = measured[n, k], f"measured at N={n} K={k}"
+    elif device.arch in _ARCHS:
+        crossings, source = Crossings(8, 65), "not measured on this device"
+    else:
+        return Route("C", "B", "route C: not measured on this device")
+    name = crossings.route(M)
+    return Route(name, crossings.kernel(M), f"route {name}: M={M}, M1={crossings.M1}, M2={crossings.M2}, {source}")
+
+
+def key(dtype: str, transpose_w: bool) -> str:
+    """Name of a table's part.
+
+    >>> key("bfloat16", True)
+    'bfloat16,NK'
+    """
+    return f"{dtype},{'NK' if transpose_w else 'KN'}"
+
+
+def table_name(device: Device) -> str:
+    """Where the table of a device lies, under the user's cache and under the shipped tables."""
+    return tuning.table_name(device.kind, "flat_gemm", "dataflow")
+
+
+def table(device: Device) -> dict[str, dict[tuple[int, int], Crossings]]:
+    """Part -> (N, K) -> crossings; the user's before the shipped. What cannot be read is as if not measured."""
+    found: dict[str, dict[tuple[int, int], Crossings]] = {}
+    for stored in reversed(tuning.stored_tables(table_name(device))):
+        for part, weights in stored.items():
+            found.setdefault(part, {}).update(_parse(weights))
+    return found
+
+
+def _parse(weights: Any) -> Mapping[tuple[int, int], Crossings]:
+    entries = {}
+    for shape, fields in weights.items() if isinstance(weights, dict) else ():
+        try:
+            N, K = map(int, shape.split(","))
+            if min(N, K) >= 1:
+                entries[N, K] = Crossings(fields["M1"], fields["M2"])
+        except (KeyError, TypeError, ValueError):
+            continue
+    return entries
