@@ -35,7 +35,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
-from pallas_kernels.core.tpu import LANES, VMEM_BYTES, round_up
+from pallas_kernels.core.tpu import LANES, VMEM_BYTES, dot, round_up
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import MosaicTpuConfig, mosaic_tpu_heuristic
@@ -319,7 +319,7 @@ def _kernel(plan: _Plan, bounds: UnifiedMax | None, scalars: int, *refs) -> None
         return seen
 
     def chunk(masked: bool) -> None:
-        s_ref[...] = _dot(q_ref[...], whole(k_refs), (1, 1))
+        s_ref[...] = dot(q_ref[...], whole(k_refs), (1, 1))
         values = whole(v_refs)
         if masked:  # what lies behind the last key may be anything, and 0 times it must be 0
             c = lax.broadcasted_iota(jnp.int32, values.shape, 0)
@@ -350,7 +350,7 @@ def _kernel(plan: _Plan, bounds: UnifiedMax | None, scalars: int, *refs) -> None
             return carry
 
         lax.fori_loop(0, plan.R // BLOCK_ROWS, update, None)
-        acc_ref[...] += _dot(p_ref[...], values, (1, 0))
+        acc_ref[...] += dot(p_ref[...], values, (1, 0))
 
     # Compiled twice: chunks that every query sees whole have no code for masks but that of heads.
     live, full = first + step < end, first_key + plan.C <= length - plan.T + 1
@@ -364,10 +364,3 @@ def _kernel(plan: _Plan, bounds: UnifiedMax | None, scalars: int, *refs) -> None
         # One register row of each query: m, l and whether it is out of bounds, in its first three lanes.
         lane = lax.broadcasted_iota(jnp.int32, statistics_ref.shape, 1)
         statistics_ref[...] = jnp.where(lane == 0, m_ref[...], jnp.where(lane == 1, l_ref[...], bad_ref[...]))
-
-
-def _dot(a, b, contract: tuple[int, int]):
-    """A product on the matrix unit, accumulated in float32; float32 operands are not rounded to bfloat16."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

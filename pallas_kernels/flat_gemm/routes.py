@@ -3,6 +3,7 @@
 
     M < M1          A   mosaic_gpu with a VectorConfig    no tensor cores
     M1 <= M < M2    B   mosaic_gpu with a MatrixConfig    the weight is the wide operand of the tensor cores
+                        (mosaic_tpu on TPUs, which have no A)
     M2 <= M         C   xla                               the library's matrix product
 
 M1 is the first M at which B beats A, M2 the first at which C beats the better of both, of one weight [N, K] in one
@@ -37,16 +38,20 @@ class Route:
       name: "A", "B" or "C".
       kernel: "A" or "B", whichever is better if mosaic_gpu is to run.
       why: for `pallas_kernels.explain`.
+      implementations: what "auto" asks, in order.
     """
 
     name: str
     kernel: str
     why: str
+    implementations: tuple[str, ...] = ("xla",)
 
-    @property
-    def implementations(self) -> tuple[str, ...]:
-        """What "auto" asks, in order."""
-        return ("xla",) if self.name == "C" else ("mosaic_gpu", "xla")
+
+def implementations(device: Device) -> dict[str, str]:
+    """Which implementation is which route: TPUs have one kernel, of the matrix unit."""
+    if device.platform == "tpu":
+        return {"B": "mosaic_tpu", "C": "xla"}
+    return {"A": "mosaic_gpu", "B": "mosaic_gpu", "C": "xla"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,7 @@ def choose(call: Call, device: Device) -> Route:
 
     A weight that was not measured takes the crossings of the one nearest to it in log N and log K. On a device without
     a table, A runs below 8 rows (what tensor cores would pad to) and B up to 64 (the rows of a library's tile), on
-    NVIDIA GPUs from Ampere on; elsewhere everything takes C.
+    NVIDIA GPUs from Ampere on; elsewhere, on TPUs too, everything takes C.
     """
     s = call.sizes
     M, N, K = s["M"], s["N"], s["K"]
@@ -93,7 +98,9 @@ def choose(call: Call, device: Device) -> Route:
     else:
         return Route("C", "B", "route C: not measured on this device")
     name = crossings.route(M)
-    return Route(name, crossings.kernel(M), f"route {name}: M={M}, M1={crossings.M1}, M2={crossings.M2}, {source}")
+    why = f"route {name}: M={M}, M1={crossings.M1}, M2={crossings.M2}, {source}"
+    kernel = implementations(device).get(name, "xla")
+    return Route(name, crossings.kernel(M), why, tuple(dict.fromkeys((kernel, "xla"))))
 
 
 def key(dtype: str, transpose_w: bool) -> str:

@@ -134,6 +134,33 @@ _DECODE_TPU = {
 }
 
 
+def _flat_gemm(implementation: str, shape: str, dtype: str, compiling: Compiling):
+    import jax
+
+    from pallas_kernels import flat_gemm
+    from pallas_kernels.flat_gemm.shapes import SHAPES, Shape
+
+    shapes = SHAPES | {"swiglu_22016": Shape(8, 22016, 4096, activation="swiglu", extras=("bias", "residual"))}
+    arrays, fill = _arrays_of(shapes[shape].abstract(dtype), compiling)
+    return jax.jit(lambda *arrays: flat_gemm(**fill(arrays), implementation=implementation)), arrays
+
+
+# What takes a path of its own on a TPU: one row, many steps of K, all rows of a long K, both orientations, an odd size in
+# one step, each epilogue, two blocks a step.
+_GEMM_TPU = {
+    "llama2_7b_qkv_m1": "bfloat16",
+    "llama2_7b_down_m16": "bfloat16",
+    "llama2_7b_out_m8": "float32",
+    "llama2_70b_down_m256": "bfloat16",
+    "columns_17": "bfloat16",
+    "silu_5": "bfloat16",
+    "odd_3": "float32",
+    "leading_2_3": "bfloat16",
+    "swiglu_columns_8": "float32",
+    "swiglu_22016": "bfloat16",
+}
+
+
 def _flash_attention_tpu_window(compiling: Compiling):
     from pallas_kernels.flash_attention.config import mosaic_tpu_block
 
@@ -294,6 +321,10 @@ CASES: tuple[Case, ...] = (
             functools.partial(_decode_attention, "mosaic_tpu", shape, dtype),
         )
         for shape, dtype in _DECODE_TPU.items()
+    ),
+    *(
+        Case(f"flat_gemm/mosaic_tpu/{shape}", TPUS, functools.partial(_flat_gemm, "mosaic_tpu", shape, dtype))
+        for shape, dtype in _GEMM_TPU.items()
     ),
     Case("flash_attention/mosaic_tpu/window_of_the_m_mask", TPUS, _flash_attention_tpu_window),
     Case("flash_attention/mosaic_tpu/shard_map", TPUS, _flash_attention_tpu_sharded),
