@@ -145,8 +145,8 @@ def _flat_gemm(implementation: str, shape: str, dtype: str, compiling: Compiling
     return jax.jit(lambda *arrays: flat_gemm(**fill(arrays), implementation=implementation)), arrays
 
 
-# What takes a path of its own on a TPU: one row, many steps of K, all rows of a long K, both orientations, an odd size in
-# one step, each epilogue, two blocks a step.
+# What takes a path of its own on a TPU: one row, many steps of K, all rows of a long K, both orientations, an odd size
+# in one step, each epilogue, two blocks a step.
 _GEMM_TPU = {
     "llama2_7b_qkv_m1": "bfloat16",
     "llama2_7b_down_m16": "bfloat16",
