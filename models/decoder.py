@@ -29,9 +29,10 @@ from flax import nnx
 from models.cache import KVCache, Places, write
 from models.layers import Block, RMSNorm, causal_mask, rms_norm, rope_tables, rotate, vocabulary_logits
 from models.llama import Llama, LlamaConfig
-from pallas_kernels import decode_attention, flash_attention, flat_gemm
+from pallas_kernels import UnifiedMax, decode_attention, flash_attention, flat_gemm
 
 if TYPE_CHECKING:
+    from models.calibrate import Calibration
     from models.paged_cache import PagedCache
 
 Implementation = str | tuple[str, ...]
@@ -80,19 +81,31 @@ class Decoder:
       implementation: of `flash_attention` in `prefill` and of `decode_attention` in `step`. Both run what is named or
         raise UnsupportedError; names in order of preference let one take what the other has not.
       gemm_implementation: of `flat_gemm`, which every product of a layer goes through.
+      unified_max: the constants of an asynchronous softmax for each layer, None in it for an online one, as
+        `models.calibrate` measures them; None is online everywhere.
     """
 
     embedding: jax.Array
     output: jax.Array | None
     final_norm: jax.Array
     layers: tuple[LayerWeights, ...]
-    config: LlamaConfig = dataclasses.field(metadata={"static": True})
+    unified_max: tuple[UnifiedMax | None, ...] | None = None
+    config: LlamaConfig = dataclasses.field(metadata={"static": True}, kw_only=True)
     implementation: Implementation = dataclasses.field(default="auto", metadata={"static": True})
     gemm_implementation: Implementation = dataclasses.field(default="auto", metadata={"static": True})
 
     @classmethod
-    def from_model(cls, model: Llama, *, gemm_implementation: Implementation = "auto") -> Decoder:
-        """The model's weights in its compute dtype, with its `implementation` of attention."""
+    def from_model(
+        cls,
+        model: Llama,
+        *,
+        gemm_implementation: Implementation = "auto",
+        calibration: Calibration | None = None,
+    ) -> Decoder:
+        """The model's weights in its compute dtype, with its `implementation` of attention.
+
+        With a `calibration` (`models.calibrate`), layers whose logits stay together use an asynchronous softmax.
+        """
         graphdef, stacked = nnx.split(model.blocks)
         dtype = jnp.dtype(model.dtype)
         # One layer at a time: what is made beside the model and this copy is never more than a layer.
@@ -105,6 +118,9 @@ class Decoder:
             config=model.config,
             implementation=model.blocks.attention.implementation,
             gemm_implementation=gemm_implementation,
+            unified_max=None
+            if calibration is None
+            else tuple(calibration.unified_max(layer) for layer in range(model.config.num_layers)),
         )
 
     @property
@@ -139,7 +155,7 @@ class Decoder:
         B, T = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         places = cache.places(positions, positions < lengths[:, None])
-        x, key, value = self._run(_prefill_layer, tokens, positions, cache, places, ())
+        x, key, value = self._run(_prefill_layer, tokens, positions, cache, places)
         lengths = jnp.asarray(lengths, jnp.int32)
         return x, dataclasses.replace(cache, key=key, value=value, lengths=lengths)
 
@@ -162,7 +178,7 @@ class Decoder:
         attended = jnp.where(live, jnp.minimum(positions + 1, cache.size), 0)
         # The one new token of a row needs no axis of its own: [B, 1] -> [B].
         places = jax.tree.map(lambda index: index[:, 0], places)
-        x, key, value = self._run(_step_layer, token, positions, cache, places, (attended, cache.page_table))
+        x, key, value = self._run(_step_layer, token, positions, cache, places, attended, cache.page_table)
         lengths = jnp.where(live, positions + 1, positions)
         return self.logits(x), dataclasses.replace(cache, key=key, value=value, lengths=lengths)
 
@@ -170,15 +186,16 @@ class Decoder:
         """[..., D] -> float32 [..., V]."""
         return vocabulary_logits(hidden, self.embedding if self.output is None else self.output)
 
-    def _run(self, layer, tokens, positions, cache: KVCache | PagedCache, places: Places, more: tuple) -> Any:
+    def _run(self, layer, tokens, positions, cache: KVCache | PagedCache, places: Places, *more) -> Any:
         """tokens [...] through all layers and the final norm: hidden states [..., D], new keys, new values."""
         config = self.config
         options = _Options(config, self.implementation, self.gemm_implementation)
         rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.embedding[tokens]
         keys, values = [], []
-        for weights, key, value in zip(self.layers, cache.key, cache.value, strict=True):
-            x, key, value = layer(options, weights, x, rope, key, value, places, *more)
+        unified_max = self.unified_max or (None,) * len(self.layers)
+        for weights, phi, key, value in zip(self.layers, unified_max, cache.key, cache.value, strict=True):
+            x, key, value = layer(options, weights, phi, x, rope, key, value, places, *more)
             keys.append(key)
             values.append(value)
         return rms_norm(x, self.final_norm, config.norm_eps), tuple(keys), tuple(values)
@@ -207,17 +224,21 @@ class _Options(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _prefill_layer(options: _Options, weights: LayerWeights, x, rope, key, value, places):
+def _prefill_layer(options: _Options, weights: LayerWeights, unified_max, x, rope, key, value, places):
     """x [B, T, D]: the tokens see each other only, so attention reads them and not the cache."""
     query, new_key, new_value = _heads(options, weights, x, rope)
     mask = causal_mask(options.config.sliding_window)
-    attended = flash_attention(query, new_key, new_value, mask=mask, implementation=options.implementation)
+    attended = flash_attention(
+        query, new_key, new_value, mask=mask, unified_max=unified_max, implementation=options.implementation
+    )
     x = _after_attention(options, weights, x, attended)
     return x, write(key, places, new_key), write(value, places, new_value)
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _step_layer(options: _Options, weights: LayerWeights, x, rope, key, value, places, lengths, page_table):
+def _step_layer(
+    options: _Options, weights: LayerWeights, unified_max, x, rope, key, value, places, lengths, page_table
+):
     """x [B, D]: the new token of each row is written first and then sees `lengths` tokens, itself among them."""
     query, new_key, new_value = _heads(options, weights, x, rope)
     key, value = write(key, places, new_key), write(value, places, new_value)
@@ -228,6 +249,7 @@ def _step_layer(options: _Options, weights: LayerWeights, x, rope, key, value, p
         lengths,
         page_table=page_table,
         window=options.config.sliding_window,
+        unified_max=unified_max,
         implementation=options.implementation,
     )
     return _after_attention(options, weights, x, attended), key, value

@@ -50,7 +50,8 @@ def source_hash(op: str, implementation: str) -> str:
     """Hash of the Python source that decides the kernel: the implementation's file or folder, tiles and configs."""
     folder = pathlib.Path(__file__).parent.parent / op
     files = [folder / f"{implementation}.py", *(folder / implementation).glob("*.py")]
-    files += [folder / "tiles.py", folder / "config.py", folder.parent / "core" / "mma.py"]
+    files += [folder / "tiles.py", folder / "config.py"]
+    files += [folder.parent / "core" / name for name in ("mma.py", "tpu.py")]
     digest = hashlib.sha256()
     for file in sorted(f for f in files if f.exists()):
         digest.update(file.read_bytes())

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call
+from pallas_kernels.core.tpu import VMEM_BYTES, round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class MosaicTpuConfig:
     def vmem_bytes(self, call: Call) -> int:
         """On-chip memory of the call's largest kernel: blocks twice (one computes, one is copied), scratch once."""
         q, width, bytes_each = self.block_q, self.block_k_major, _ITEM_BYTES.get(call.arguments[0].dtype, 4)
-        H, Hv = (_round_up(call.sizes[letter], 128) for letter in ("H", "Hv"))
+        H, Hv = (round_up(call.sizes[letter], 128) for letter in ("H", "Hv"))
         blocks, scratch = (q + width) * (H + Hv) * bytes_each, q * width * (4 + bytes_each) + q * (256 + Hv) * 4
         if call.direction == "backward":  # the pass over keys: gradients beside keys and values, S and dP, P and dS
             blocks += width * (H + Hv) * bytes_each
@@ -302,8 +303,6 @@ def _mosaic_gpu_space(call: Call, device: Device) -> Iterator[Sm90Config | Sm80C
                         yield config
 
 
-# On-chip memory that kernels plan with: all generations since v5e have at least twice that.
-VMEM_BYTES = 2**25
 _ITEM_BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -329,10 +328,6 @@ def _mosaic_tpu_space(call: Call) -> Iterator[MosaicTpuConfig]:
                 config = mosaic_tpu_block(block_q, block_k_major, mask=mask)
                 if config.vmem_bytes(call) <= VMEM_BYTES // 2:
                     yield config
-
-
-def _round_up(n: int, to: int) -> int:
-    return n + -n % to
 
 
 def _power_of_two_below(n: int) -> int:

@@ -4,8 +4,11 @@
 import dataclasses
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call
+from pallas_kernels.core.tpu import LANES, VMEM_BYTES, padded_bytes
 from pallas_kernels.flat_gemm import routes
 
 
@@ -51,19 +54,65 @@ class MatrixConfig:
             raise ValueError(f"MatrixConfig.num_splits must be an integer >= 1, got {self.num_splits!r}.")
 
 
+@dataclasses.dataclass(frozen=True)
+class MosaicTpuConfig:
+    """A block of the weight, which one grid step of the `mosaic_tpu` implementation multiplies by all rows.
+
+    Attributes:
+      block_n: output features of a block; a smaller weight is narrower.
+      block_k: input features of one step.
+    Both are multiples of 128, the lanes of a register. Blocks become the widest ones up to these that divide K and, for
+    swiglu, N / 2; a K that is no multiple of 128 is one step.
+    """
+
+    block_n: int
+    block_k: int
+
+    def __post_init__(self):
+        for name in ("block_n", "block_k"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1 or value % LANES:
+                raise ValueError(f"MosaicTpuConfig.{name} must be a positive multiple of {LANES}, got {value!r}.")
+
+    def block(self, N: int, K: int, activation: str | None) -> tuple[int, int]:
+        """Output and input features of the blocks of a weight.
+
+        >>> MosaicTpuConfig(512, 1024).block(22016, 4096, "swiglu")
+        (256, 1024)
+        """
+        block_n = _divisor(N // 2, self.block_n) if activation == "swiglu" else min(self.block_n, N)
+        return block_n, _divisor(K, self.block_k)
+
+    def vmem_bytes(self, call: Call) -> int:
+        """On-chip memory of a call: blocks twice (one computes, one is copied), all rows and the sums once."""
+        s, dtype, activation = call.sizes, call.arguments[0].dtype, call.option("activation")
+        n, k = self.block(s["N"], s["K"], activation)
+        parts = 2 if activation == "swiglu" else 1
+        weight = padded_bytes(n, k, dtype) if call.option("transpose_w") else padded_bytes(k, n, dtype)
+        tiles = parts * (weight + padded_bytes(1, n, dtype)) + 2 * padded_bytes(s["M"], n, dtype)
+        return 2 * tiles + padded_bytes(s["M"], s["K"], dtype) + padded_bytes(s["M"], parts * n, "float32")
+
+
+def _divisor(n: int, most: int) -> int:
+    """The largest multiple of 128 up to `most` that divides n, or n."""
+    return next((size for size in range(most - most % LANES, 0, -LANES) if n % size == 0), n)
+
+
 def _check(config: object, rules: dict[str, tuple[int, ...]]) -> None:
     for name, allowed in rules.items():
         if (value := getattr(config, name)) not in allowed:
             raise ValueError(f"{type(config).__name__}.{name} must be one of {allowed}, got {value!r}.")
 
 
-Config = VectorConfig | MatrixConfig
+Config = VectorConfig | MatrixConfig | MosaicTpuConfig
 _OF_ROUTE: dict[str, type[Config]] = {"A": VectorConfig, "B": MatrixConfig}
 
 
 def kinds(call: Call, device: Device, implementation: str | None) -> tuple[type[Config], ...]:
     """The configurations that an implementation takes for a call; the first is the kind of its own choice: that of
     the better route."""
+    if implementation == "mosaic_tpu":
+        return (MosaicTpuConfig,)
     if implementation != "mosaic_gpu":
         return ()  # the library chooses its own tiles
     kernel = routes.choose(call, device).kernel
@@ -72,6 +121,8 @@ def kinds(call: Call, device: Device, implementation: str | None) -> tuple[type[
 
 def heuristic(call: Call, device: Device, implementation: str) -> Config:
     """A good configuration without measuring anything."""
+    if implementation == "mosaic_tpu":
+        return for_route(call, device, "B")
     return for_route(call, device, routes.choose(call, device).kernel)
 
 
@@ -81,6 +132,8 @@ def for_route(call: Call, device: Device, route: str) -> Config:
     Raises:
       ValueError: the route has no configuration.
     """
+    if device.platform == "tpu" and route == "B":
+        return mosaic_tpu_heuristic(call)
     if route == "A":
         return _vector(call, device)
     if route == "B":
@@ -125,6 +178,9 @@ def _parts(call: Call) -> int:
 
 def search_space(call: Call, device: Device, implementation: str) -> Iterator[Config]:
     """Configurations worth measuring, of the kind that `kinds` names first."""
+    if implementation == "mosaic_tpu":
+        yield from _mosaic_tpu_space(call)
+        return
     best = heuristic(call, device, implementation)
     if isinstance(best, VectorConfig):
         for block_n in (16, 32, 64):
@@ -136,3 +192,29 @@ def search_space(call: Call, device: Device, implementation: str) -> Iterator[Co
         for stages in (2, 3, 4, 6):
             for num_splits in (1, 2) if hopper else (1,):
                 yield MatrixConfig(64, block_k, stages, num_splits)
+
+
+def mosaic_tpu_heuristic(call: Call) -> MosaicTpuConfig:
+    """Blocks of a thirty-second of the weight, but of 1 to 4 MiB: the first one is waited for, and a step's own cost, a
+    third of a microsecond, hides under the time that a block takes. Of blocks of one size those with the longest rows,
+    which are read in one piece."""
+    s, activation = call.sizes, call.option("activation")
+    item = jnp.dtype(call.arguments[0].dtype).itemsize
+    weight = s["N"] * s["K"] * item
+    wanted = min(max(weight // 32, 2**20), 2**22)
+
+    def nbytes(config: MosaicTpuConfig) -> int:
+        n, k = config.block(s["N"], s["K"], activation)
+        return n * k * item * (2 if activation == "swiglu" else 1)
+
+    fitting = list(_mosaic_tpu_space(call)) or [MosaicTpuConfig(LANES, LANES)]
+    return min(fitting, key=lambda config: (abs(nbytes(config) - wanted), -config.block_k))
+
+
+def _mosaic_tpu_space(call: Call) -> Iterator[MosaicTpuConfig]:
+    """Blocks that fit what kernels plan with."""
+    for block_n in (128, 256, 512, 1024):
+        for block_k in (256, 512, 1024, 2048, 4096):
+            config = MosaicTpuConfig(block_n, block_k)
+            if config.vmem_bytes(call) <= 3 * VMEM_BYTES // 4:
+                yield config

@@ -35,7 +35,7 @@ from pallas_kernels.flat_gemm.api import describe, flat_gemm
 from pallas_kernels.flat_gemm.routes import MOST_ROWS, MOST_VECTOR_ROWS, Crossings
 from pallas_kernels.flat_gemm.shapes import MODELS, Shape
 
-ROUTES = {"A": "mosaic_gpu", "B": "mosaic_gpu", "C": "xla"}
+ROUTES = ("A", "B", "C")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, MOST_ROWS)
 CHECKED = 64  # output features at either end of a weight
 
@@ -78,7 +78,10 @@ def time_routes(shape: Shape, dtype: Any, *, method: str | None = None, budget: 
         one = Shape(M, shape.N, shape.K, shape.transpose_w)
         rows = jax.random.normal(jax.random.key(M), (M, shape.K)).astype(weight.dtype)
         arguments = {**one.abstract(dtype), "x": rows, "w": weight}
-        choice = dispatch.choose(describe(**arguments), ROUTES[route], record=False)
+        name = routes.implementations(device_lib.current()).get(route)
+        if name is None:
+            return math.inf
+        choice = dispatch.choose(describe(**arguments), name, record=False)
         if choice.implementation is None:
             return math.inf
         config = None if route == "C" else _config(choice, route)

@@ -3,6 +3,7 @@
 
     M < M1          A   mosaic_gpu with a VectorConfig    no tensor cores
     M1 <= M < M2    B   mosaic_gpu with a MatrixConfig    the weight is the wide operand of the tensor cores
+                        (mosaic_tpu on TPUs, which have no A)
     M2 <= M         C   xla                               the library's matrix product
 
 M1 is the first M at which B beats A, M2 the first at which C beats the better of both, of one weight [N, K] in one
@@ -41,16 +42,20 @@ class Route:
       name: "A", "B" or "C".
       kernel: "A" or "B", whichever is better if mosaic_gpu is to run.
       why: for `pallas_kernels.explain`.
+      implementations: what "auto" asks, in order.
     """
 
     name: str
     kernel: str
     why: str
+    implementations: tuple[str, ...] = ("xla",)
 
-    @property
-    def implementations(self) -> tuple[str, ...]:
-        """What "auto" asks, in order."""
-        return ("xla",) if self.name == "C" else ("mosaic_gpu", "xla")
+
+def implementations(device: Device) -> dict[str, str]:
+    """Which implementation is which route: TPUs have one kernel, of the matrix unit."""
+    if device.platform == "tpu":
+        return {"B": "mosaic_tpu", "C": "xla"}
+    return {"A": "mosaic_gpu", "B": "mosaic_gpu", "C": "xla"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +89,7 @@ def choose(call: Call, device: Device) -> Route:
 
     A weight that was not measured takes the crossings of the one nearest to it in log N and log K. On a device without
     a table, Hopper runs A for 1 and 2 rows and B up to 128; Ampere and Ada A below 8 rows (what B pads to there) and B
-    up to 64; everything else takes C. A weight [K, N] never takes A.
+    up to 64; everything else, TPUs too, takes C. A weight [K, N] never takes A.
     """
     s = call.sizes
     M, N, K = s["M"], s["N"], s["K"]
@@ -99,7 +104,9 @@ def choose(call: Call, device: Device) -> Route:
     if not call.option("transpose_w"):
         crossings = dataclasses.replace(crossings, M1=1)  # A takes weights [N, K]
     name = crossings.route(M)
-    return Route(name, crossings.kernel(M), f"route {name}: M={M}, M1={crossings.M1}, M2={crossings.M2}, {source}")
+    why = f"route {name}: M={M}, M1={crossings.M1}, M2={crossings.M2}, {source}"
+    kernel = implementations(device).get(name, "xla")
+    return Route(name, crossings.kernel(M), why, tuple(dict.fromkeys((kernel, "xla"))))
 
 
 def key(dtype: str, transpose_w: bool) -> str:

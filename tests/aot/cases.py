@@ -105,18 +105,60 @@ def _flash_attention(implementation: str, shape: str, direction: str, dtype: str
     return jax.jit(forward if direction == "forward" else backward), tuple(arguments)
 
 
-def _decode_attention(shape: str, compiling: Compiling):
+def _decode_attention(implementation: str, shape: str, dtype: str, compiling: Compiling):
     """A named shape, its arrays all arguments: lengths and pages are known to the device alone."""
     import jax
 
     from pallas_kernels import decode_attention
     from pallas_kernels.decode_attention.shapes import SHAPES
 
-    arrays, fill = _arrays_of(SHAPES[shape].abstract("bfloat16"), compiling)
-    return jax.jit(lambda *arrays: decode_attention(**fill(arrays), implementation="mosaic_gpu")), arrays
+    arrays, fill = _arrays_of(SHAPES[shape].abstract(dtype), compiling)
+    return jax.jit(lambda *arrays: decode_attention(**fill(arrays), implementation=implementation)), arrays
 
 
 _DECODE = ("paged_window_sink", "batch_1_2k", "batch_64_8k", "batch_8_8k_page_16", "drafted_4_8k", "asynchronous_8k")
+
+# What takes a path of its own on a TPU: one block a chunk, pages put together, an odd number of heads, many queries,
+# windows and sinks, asynchronous softmax with its second pass, splits, quantized caches.
+_DECODE_TPU = {
+    "batch_8_8k": "bfloat16",
+    "batch_64_8k_page_16": "bfloat16",
+    "mha_300": "float32",
+    "drafted_5": "bfloat16",
+    "drafted_4_8k": "bfloat16",
+    "paged_window_sink": "float32",
+    "asynchronous_8k": "bfloat16",
+    "splits_190": "bfloat16",
+    "int8_160": "bfloat16",
+    "fp8_160": "bfloat16",
+}
+
+
+def _flat_gemm(implementation: str, shape: str, dtype: str, compiling: Compiling):
+    import jax
+
+    from pallas_kernels import flat_gemm
+    from pallas_kernels.flat_gemm.shapes import SHAPES, Shape
+
+    shapes = SHAPES | {"swiglu_22016": Shape(8, 22016, 4096, activation="swiglu", extras=("bias", "residual"))}
+    arrays, fill = _arrays_of(shapes[shape].abstract(dtype), compiling)
+    return jax.jit(lambda *arrays: flat_gemm(**fill(arrays), implementation=implementation)), arrays
+
+
+# What takes a path of its own on a TPU: one row, many steps of K, all rows of a long K, both orientations, an odd size
+# in one step, each epilogue, two blocks a step.
+_GEMM_TPU = {
+    "llama2_7b_qkv_m1": "bfloat16",
+    "llama2_7b_down_m16": "bfloat16",
+    "llama2_7b_out_m8": "float32",
+    "llama2_70b_down_m256": "bfloat16",
+    "columns_17": "bfloat16",
+    "silu_5": "bfloat16",
+    "odd_3": "float32",
+    "leading_2_3": "bfloat16",
+    "swiglu_columns_8": "float32",
+    "swiglu_22016": "bfloat16",
+}
 
 
 def _flash_attention_tpu_window(compiling: Compiling):
@@ -269,8 +311,25 @@ CASES: tuple[Case, ...] = (
         for name, case in _SM80.items()
     ),
     *(
-        Case(f"decode_attention/{name}", AMPERE + HOPPER, functools.partial(_decode_attention, name), hot=True)
+        Case(
+            f"decode_attention/{name}",
+            AMPERE + HOPPER,
+            functools.partial(_decode_attention, "mosaic_gpu", name, "bfloat16"),
+            hot=True,
+        )
         for name in _DECODE
+    ),
+    *(
+        Case(
+            f"decode_attention/mosaic_tpu/{shape}",
+            TPUS,
+            functools.partial(_decode_attention, "mosaic_tpu", shape, dtype),
+        )
+        for shape, dtype in _DECODE_TPU.items()
+    ),
+    *(
+        Case(f"flat_gemm/mosaic_tpu/{shape}", TPUS, functools.partial(_flat_gemm, "mosaic_tpu", shape, dtype))
+        for shape, dtype in _GEMM_TPU.items()
     ),
     Case("flash_attention/mosaic_tpu/window_of_the_m_mask", TPUS, _flash_attention_tpu_window),
     Case("flash_attention/mosaic_tpu/shard_map", TPUS, _flash_attention_tpu_sharded),

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import flash_attention, masks
 from pallas_kernels.core import device
 from pallas_kernels.core.arrays import arrays_of, with_arrays
+from pallas_kernels.core.tpu import LANES
 from pallas_kernels.flash_attention import mosaic_tpu, tiles
 from pallas_kernels.flash_attention.api import describe
 from pallas_kernels.flash_attention.config import MosaicTpuConfig, heuristic, search_space
@@ -166,7 +167,7 @@ def test_steps_beyond_the_last_live_tile_copy_nothing():
 
 def test_the_mask_in_memory_does_not_grow():
     config = MosaicTpuConfig(128, 512, 128, 64)
-    sizes = {tiles.m_mask(T, T, config.block_q, config.block_k_major, grid.LANES).size for T in (2**10, 2**18)}
+    sizes = {tiles.m_mask(T, T, config.block_q, config.block_k_major, LANES).size for T in (2**10, 2**18)}
     assert sizes == {1024 * 1024}
 
 

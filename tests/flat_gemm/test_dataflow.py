@@ -190,9 +190,9 @@ def kernels(monkeypatch):
     def supports(call, known):
         return dispatch.Refusal("more than 16 rows") if call.sizes["M"] > 16 else None
 
-    def forward(x, w, bias, residual, *, activation, transpose_w, config):
+    def forward(x, w, bias, residual, *, config, **options):
         ran.append((len(x), config))
-        return xla.forward(x, w, bias, residual, activation=activation, transpose_w=transpose_w)
+        return xla.forward(x, w, bias, residual, **options)
 
     module = types.ModuleType("pallas_kernels.flat_gemm.mosaic_gpu")
     module.supports, module.forward = supports, forward

@@ -25,10 +25,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.tpu import LANES, VMEM_BYTES
 from pallas_kernels.flash_attention import tiles
-from pallas_kernels.flash_attention.config import VMEM_BYTES, MosaicTpuConfig, mosaic_tpu_heuristic
+from pallas_kernels.flash_attention.config import MosaicTpuConfig, mosaic_tpu_heuristic
 from pallas_kernels.flash_attention.mosaic_tpu.grid import (
-    LANES,
     Arrays,
     Output,
     Plane,

@@ -18,13 +18,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.core.tpu import LANES, VMEM_BYTES
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.flash_attention import tiles
-from pallas_kernels.flash_attention.config import VMEM_BYTES
 from pallas_kernels.masks import Causal, Mask
 from pallas_kernels.masks.lowered import Lowered, lower
 
-LANES = 128  # of a vector register
 # Scalar memory for the schedule of a mask that holds arrays, in int32; a longer one is cut down to four a row.
 SCHEDULE_WORDS = 2**16
 
