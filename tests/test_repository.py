@@ -169,7 +169,11 @@ def _modules(package: str) -> list[str]:
     return [package, *(name for name in names if not name.rpartition(".")[2].startswith(("_", "mosaic")))]
 
 
-@pytest.mark.parametrize("name", [name for package in ("pallas_kernels", "benchmarks") for name in _modules(package)])
+LIBRARY = [name for package in ("pallas_kernels", "benchmarks") for name in _modules(package)]
+
+
+# Of models/, the modules whose examples need no model from elsewhere.
+@pytest.mark.parametrize("name", [*LIBRARY, "models.decoder", "models.batcher", "models.paged_cache"])
 def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0
