@@ -304,14 +304,13 @@ class ContinuousBatcher:
         done = np.asarray([request is None for request in self._rows])
         state = State(self._cache(self._rows), token, count)
         settings = _settings(self._rows)
-        call = functools.partial(decode_loop.decode, self.decoder, state, done, np.int32(steps), settings)
-        start = self._compiled_by_now(call)
-        state, drawn, ran = call(drawable=self._drawable)
+        program = decode_loop.decode_program(self.decoder, state, done, settings, drawable=self._drawable)
+        start = self._compiled_by_now(program)
+        state, drawn = decode_loop.decode(self.decoder, state, done, steps, settings, drawable=self._drawable)
         self._key, self._value = state.cache.key, state.cache.value
-        drawn, ran = np.asarray(drawn), int(ran)
         self.timings.decode_seconds += time.perf_counter() - start
-        self.timings.decode_bytes += ran * self.decoder.weight_bytes
-        for request, columns in zip(list(self._rows), drawn[:, :ran].tolist(), strict=True):
+        self.timings.decode_bytes += drawn.shape[1] * self.decoder.weight_bytes
+        for request, columns in zip(list(self._rows), drawn.tolist(), strict=True):
             if request:
                 attended = request._answer.length
                 taken = self._hear(request, columns[: request.max_new_tokens - request._count])
@@ -348,7 +347,7 @@ class ContinuousBatcher:
     def _compiled_by_now(self, call: functools.partial) -> float:
         """Compiles what was not compiled before; the time afterwards."""
         leaves, structure = jax.tree.flatten(call.args[1:])  # without the decoder, which is always the same
-        program = (call.func, structure, tuple(map(np.shape, leaves)))
+        program = (call.func, structure, tuple(map(np.shape, leaves)), tuple(call.keywords.items()))
         if program not in self._compiled:
             self._compiled.add(program)
             self.timings.compile_seconds += compile_seconds(functools.partial(call, drawable=self._drawable))

@@ -4,9 +4,9 @@
     prefill: prompts -> cache, first token of each row            decode: while some row is live and steps are left:
                                                                       logits = step(token), token = draw(logits)
 
-Both are jitted; what they are given besides shapes is data, so that no request compiles anything. The arrays of a State
-are donated: the cache is updated in place, and the State passed in is used up. Shapes are rounded up to few sizes by
-`bucket`; the functions that do so are below.
+The prefill and a step are jitted; what they are given besides shapes is data, so that no request compiles anything, but
+for the first that is not greedy. The arrays of a State are donated: the cache is updated in place, and the State passed
+in is used up. Shapes are rounded up to few sizes by `bucket`; the functions that do so are below.
 """
 
 from __future__ import annotations
@@ -86,33 +86,48 @@ def prefill_pages(decoder: Decoder, tokens, lengths, settings: Settings, cache: 
     return _prefill(decoder, tokens, lengths, settings, cache, drawable)
 
 
-@functools.partial(jax.jit, static_argnames="drawable", donate_argnames="state")
 def decode(
-    decoder: Decoder, state: State, done: jax.Array, steps: jax.Array, settings: Settings, *, drawable: int
-) -> tuple[State, jax.Array, jax.Array]:
+    decoder: Decoder, state: State, done: jax.Array, steps: int, settings: Settings, *, drawable: int
+) -> tuple[State, np.ndarray]:
     """Up to `steps` tokens more of the rows that are not done, fewer if all become so.
 
+    Steps are queued ahead of the device, which never waits for the host: a loop on the device would, on GPUs, to ask
+    whether it goes on. Whether all rows are done is known two steps late, so that one or two may be for nothing.
+
     Returns:
-      the new state; tokens, int32 [B, CHUNK], of which a row's own end where it met a stop token or its limit; how many
-      steps ran.
+      the new state; tokens, int32 [B, steps that ran], of which a row's own end where it met a stop token or its limit.
     """
-    keys = request_keys(settings.seeds, settings.request_ids)
+    drawn, finished = [], []
+    for step in range(steps):
+        if step >= 2 and finished[step - 2]:
+            break
+        program = decode_program(decoder, state, done, settings, drawable=drawable)
+        state, done, token, ended = program()
+        drawn.append(token)
+        finished.append(ended)
+    return state, np.stack([np.asarray(token) for token in drawn], axis=1)
 
-    def unfinished(carry):
-        step, _, done, _ = carry
-        return (step < steps) & ~jnp.all(done)
 
-    def advance(carry):
-        step, state, done, drawn = carry
-        logits, cache = decoder.step(state.token, state.cache, live=~done)
+def decode_program(decoder: Decoder, state: State, done, settings: Settings, *, drawable: int) -> functools.partial:
+    """One step of `decode`, ready to be compiled or called."""
+    greedy = not np.any(np.asarray(settings.sampling["temperature"]) > 0)
+    return functools.partial(_decode_step, decoder, state, done, settings, drawable=drawable, greedy=greedy)
+
+
+@functools.partial(jax.jit, static_argnames=("drawable", "greedy"), donate_argnames="state")
+def _decode_step(
+    decoder: Decoder, state: State, done: jax.Array, settings: Settings, *, drawable: int, greedy: bool
+) -> tuple[State, jax.Array, jax.Array, jax.Array]:
+    """The new state, which rows are done, the token of each, and whether all rows are done."""
+    logits, cache = decoder.step(state.token, state.cache, live=~done)
+    if greedy:
+        token = jnp.argmax(logits[:, :drawable], axis=-1).astype(jnp.int32)
+    else:
+        keys = request_keys(settings.seeds, settings.request_ids)
         token = sample(logits[:, :drawable], keys, state.count, **settings.sampling)
-        count = state.count + 1
-        done |= jnp.any(token[:, None] == settings.stop_tokens, axis=-1) | (count >= settings.limits)
-        return step + 1, State(cache, token, count), done, drawn.at[:, step].set(token)
-
-    drawn = jnp.zeros((len(done), CHUNK), jnp.int32)
-    step, state, _, drawn = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state, done, drawn))
-    return state, drawn, step
+    count = state.count + 1
+    done |= jnp.any(token[:, None] == settings.stop_tokens, axis=-1) | (count >= settings.limits)
+    return State(cache, token, count), done, token, jnp.all(done)
 
 
 def _prefill(decoder: Decoder, tokens, lengths, settings: Settings, cache, drawable: int) -> State:

@@ -248,16 +248,14 @@ class Generator:
         """The state after at most `steps` more tokens, which the rows are given. Uses up the old state."""
         done = np.ones(len(state.token), bool)
         done[: len(rows)] = [not row.live for row in rows]
-        call = functools.partial(decode_loop.decode, self.decoder, state, done, np.int32(steps), settings)
-        call = functools.partial(call, drawable=self._drawable)
         if not timings.decode_seconds:  # the first of the call; the others have the same shapes
-            timings.compile_seconds += compile_seconds(call)
+            program = decode_loop.decode_program(self.decoder, state, done, settings, drawable=self._drawable)
+            timings.compile_seconds += compile_seconds(program)
         start = time.perf_counter()
-        state, drawn, ran = call()
-        drawn, ran = np.asarray(drawn), int(ran)
+        state, drawn = decode_loop.decode(self.decoder, state, done, steps, settings, drawable=self._drawable)
         timings.decode_seconds += time.perf_counter() - start
-        timings.decode_bytes += ran * self.decoder.weight_bytes
-        for row, columns in zip(rows, drawn[:, :ran].tolist(), strict=False):
+        timings.decode_bytes += drawn.shape[1] * self.decoder.weight_bytes
+        for row, columns in zip(rows, drawn.tolist(), strict=False):
             if row.live:
                 attended = row.length  # tokens that the first of these steps attends to
                 timings.count_decoded(self.decoder, attended, row.extend(columns))

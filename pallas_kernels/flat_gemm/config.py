@@ -146,7 +146,7 @@ def _vector(call: Call, device: Device) -> VectorConfig:
     sums = call.sizes["M"] * _parts(call)
     if device.arch != "sm90":
         return VectorConfig(32, 128 if sums <= 4 else 64, 6)
-    if sums == 1:
+    if sums == 1 and call.sizes["K"] <= 8192:
         return VectorConfig(32, 256, 4)
     return VectorConfig(16, 256 if sums <= 4 else 128, 6)
 

@@ -95,7 +95,7 @@ SHAPES: dict[str, Shape] = {
     "columns_17": Shape(17, 88, 200, transpose_w=False),
     "bias_4": Shape(4, 130, 96, extras=("bias",)),
     "silu_5": Shape(5, 96, 328, transpose_w=False, activation="silu", extras=("bias", "residual")),
-    "square_5": Shape(5, 96, 96, activation="silu", extras=("bias", "residual")),
+    "square_5": Shape(5, 128, 128, activation="silu", extras=("bias", "residual")),
     "gelu_64": Shape(64, 120, 80, activation="gelu", extras=("bias",)),
     "swiglu_3": Shape(3, 312, 200, activation="swiglu", extras=("bias", "residual")),
     "swiglu_columns_8": Shape(8, 256, 72, transpose_w=False, activation="swiglu"),

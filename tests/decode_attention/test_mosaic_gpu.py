@@ -22,15 +22,16 @@ HOPPER = dataclasses.replace(device.H100, num_cores=2)
 AMPERE = dataclasses.replace(device.A100, num_cores=2)
 pytestmark = pytest.mark.timeout(120, method="thread")
 
+# Clusters read each other's shared memory by inline PTX, which is for a GPU: `pytest -m gpu` has them.
 # What takes a path of its own: a tail of the last chunk, wide heads, several new tokens, each kind of page, a window
 # that skips chunks, more splits than chunks.
 CASES = {
     "dense": (Shape(3, 200, 8, 2, 64), MosaicGpuConfig()),
-    "wide_heads": (Shape(2, 136, 3, 1, 128, 192), MosaicGpuConfig(num_splits=2)),
-    "drafted": (Shape(2, 136, 6, 3, 48, 64, T=5, extras=("sink",)), MosaicGpuConfig(128, 2, 2)),
-    "pages_of_16": (SHAPES["paged_16"], MosaicGpuConfig(stages=2, num_splits=2)),
-    "pages_of_128": (Shape(2, 384, 4, 2, 64, page=128), MosaicGpuConfig(num_splits=3)),
-    "window": (SHAPES["paged_window_sink"], MosaicGpuConfig(num_splits=7)),
+    "wide_heads": (Shape(2, 136, 3, 1, 128, 192), MosaicGpuConfig(num_splits=2, cluster=1)),
+    "drafted": (Shape(2, 136, 6, 3, 48, 64, T=5, extras=("sink",)), MosaicGpuConfig(128, 2, 2, cluster=1)),
+    "pages_of_16": (SHAPES["paged_16"], MosaicGpuConfig(stages=2, num_splits=2, cluster=1)),
+    "pages_of_128": (Shape(2, 384, 4, 2, 64, page=128), MosaicGpuConfig(num_splits=3, cluster=1)),
+    "window": (SHAPES["paged_window_sink"], MosaicGpuConfig(num_splits=7, cluster=1)),
     "scaled": (Shape(2, 136, 4, 2, 64, cache="bfloat16"), MosaicGpuConfig()),
     "asynchronous": (Shape(3, 256, 8, 2, 64, extras=("sink", "phi"), options=(("scale", 0.1),)), MosaicGpuConfig()),
 }
@@ -101,7 +102,7 @@ def test_types_inside_shard_map():
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
     def attend(arrays):
-        return call(with_arrays(arguments, arrays), MosaicGpuConfig(num_splits=2))
+        return call(with_arrays(arguments, arrays), MosaicGpuConfig(num_splits=2, cluster=1))
 
     with device.assume(HOPPER):
         outputs = (P("data", None, "model", None), P("data", "model"))

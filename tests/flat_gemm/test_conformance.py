@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every implementation of flat_gemm against the specification."""
 
+from typing import ClassVar
+
 import jax
 from jax.sharding import PartitionSpec as P
 
@@ -14,8 +16,9 @@ from tests import conformance
 class TestFlatGemm(conformance.Suite):
     function = staticmethod(pallas_kernels.flat_gemm)
     shapes = SHAPES
-    implementations = ("xla",)
+    implementations = ("xla", "mosaic_gpu")
     probe = "square_5"
+    probe_dtypes: ClassVar = {"mosaic_gpu": "bfloat16"}
 
     def call(self, arguments, implementation):
         return flat_gemm(**arguments, implementation=implementation)
@@ -28,7 +31,7 @@ class TestFlatGemm(conformance.Suite):
 
     def changes(self, arguments):
         half = {name: arguments[name] * 0.5 for name in ("x", "w", "bias", "residual")}
-        return {**half, "activation": "gelu", "transpose_w": False}
+        return {**half, "activation": "gelu", "transpose_w": False, "rms_norm_eps": 0.1}
 
     def sharded(self):
         """Rows over "data"; over "model" the output features, so that every device has some columns of the weight."""
