@@ -239,6 +239,7 @@ def _splits(
     paged = cache.page_table is not None
     page = cache.key.shape[1] if paged else C
     pieces = max(1, C // page)  # copies of a chunk
+    columns = plgpu.Layout.MMA_ACC(dtype).reduce(0)  # one number a query
     acc_layout, left, right = plgpu.Layout.MMA_ACC(dtype), plgpu.Layout.MMA_LHS(dtype), plgpu.Layout.MMA_RHS(dtype)
     arrays = [x.reshape(*x.shape[:2], -1) for x in (cache.key, cache.value)]
     operands = [rows, cache.lengths.astype(jnp.int32), *arrays]
@@ -380,7 +381,9 @@ def _splits(
                 return attend(None)[:3]
 
             # Queries that only fill the tile may be out of bounds, too, and do no harm.
-            acc, m, l = lax.cond(jnp.max(bad) > 0, again, lambda: (acc, m, l))
+            redo = jnp.max(bad) > 0
+            acc, own, l = lax.cond(redo, again, lambda: (acc, plgpu.layout_cast(jnp.zeros_like(l), columns), l))
+            m = jnp.where(redo, own, m)
         if not whole:
             for gmem, x in zip(outputs, (acc, m, l), strict=True):
                 store(gmem.at[b, head, split], x)
@@ -391,7 +394,6 @@ def _splits(
         if splits > 1:
             cluster.sync()
         out_gmem, lse_gmem = outputs
-        columns = acc_layout.reduce(0)
 
         def of_split(peer: int, smem: Ref, layout: Any) -> jax.Array:
             if splits == 1:

@@ -158,12 +158,18 @@ def _matrix(call: Call, device: Device) -> MatrixConfig:
     if device.arch != "sm90":
         return MatrixConfig(64, 128, 3)
     # Half the multiprocessors are too few to draw a long weight in.
-    splits = 2 if 2 * strips <= num_sms and s["K"] > 8192 else 1
-    alone = strips * splits <= num_sms
+    if 2 * strips <= num_sms and s["K"] > 8192:
+        block_k = 128 if rows <= 32 else 64
+        left = 4 * 64 * rows * parts + 2 * 64 * rows  # by the blocks of a cluster, and what is written
+        return MatrixConfig(64, block_k, _stages(110 * 2**10 - left, block_k, rows, parts), 2)
+    alone = strips <= num_sms
     block_k = 128 if rows <= 64 or (alone and rows <= 128) else 64
-    room = (200 if alone else 104) * 2**10
-    stages = room // (2 * block_k * (64 * parts + rows))
-    return MatrixConfig(64, block_k, max(2, min(6, stages)), splits)
+    written = 2 * 64 * rows * (2 if call.argument("residual") else 1)
+    return MatrixConfig(64, block_k, _stages(220 * 2**10 - written if alone else 104 * 2**10, block_k, rows, parts))
+
+
+def _stages(room: int, block_k: int, rows: int, parts: int) -> int:
+    return max(2, min(6, room // (2 * block_k * (64 * parts + rows))))
 
 
 def outputs(call: Call) -> int:

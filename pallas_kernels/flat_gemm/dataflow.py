@@ -151,7 +151,7 @@ def report(name: str, N: int, K: int, curves: Curves) -> Iterator[str]:
     """Lines of one weight: crossings, and the curves below."""
     found = crossings(curves)
     shown = [str(M) if M <= MOST_ROWS else f"> {MOST_ROWS}" for M in (found.M1, found.M2)]
-    yield f"{name} [N={N}, K={K}]  M1 = {shown[0]}  M2 = {shown[1]}  (at most {loss(curves, found):.1%} lost)"
+    yield f"{name} [N={N}, K={K}]  M1 = {shown[0]}  M2 = {shown[1]}  (alone they would lose {loss(curves, found):.1%})"
     yield "  M   " + "".join(f"{M:>10}" for M in curves["C"])
     for route, curve in curves.items():
         cells = (f"{seconds * 1e6:.4g}" if seconds < math.inf else "-" for seconds in curve.values())

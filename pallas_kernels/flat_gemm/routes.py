@@ -7,7 +7,9 @@
     M2 <= M         C   xla                               the library's matrix product
 
 M1 is the first M at which B beats A, M2 the first at which C beats the better of both, of one weight [N, K] in one
-orientation and dtype on one device. `python -m pallas_kernels.flat_gemm.dataflow` measures them; the table is
+orientation and dtype on one device: the two numbers of the paper. Curves may cross more often, where two routes are
+within a few percent of each other, so it is the measured times that decide: those of the next number of rows that was
+measured. `python -m pallas_kernels.flat_gemm.dataflow` measures them; the table is
 
     <device>/flat_gemm.dataflow.json    {"bfloat16,NK": {"4096,4096": {"M1": 4, "M2": 128, "us": {"A": {"1": 13.4}}}}}
 
@@ -65,10 +67,12 @@ class Crossings:
     Attributes:
       M1: the first number of rows at which B beats A; MOST_ROWS + 1 if it never does.
       M2: the first at which C beats both; MOST_ROWS + 1 if it never does.
+      order: numbers of rows that were measured, and the routes from the fastest on, as in ((1, "ABC"), (8, "BCA")).
     """
 
     M1: int
     M2: int
+    order: tuple[tuple[int, str], ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self):
         for name in ("M1", "M2"):
@@ -78,10 +82,15 @@ class Crossings:
 
     def kernel(self, M: int) -> str:
         """The better of both kernels."""
-        return "A" if M < self.M1 and M <= MOST_VECTOR_ROWS else "B"
+        measured = self._measured(M).replace("C", "")
+        return measured[0] if measured else "A" if M < self.M1 and M <= MOST_VECTOR_ROWS else "B"
 
     def route(self, M: int) -> str:
-        return "C" if M >= self.M2 else self.kernel(M)
+        measured = self._measured(M)
+        return measured[0] if measured else "C" if M >= self.M2 else self.kernel(M)
+
+    def _measured(self, M: int) -> str:
+        return next((routes for rows, routes in sorted(self.order) if rows >= M), "")
 
 
 def choose(call: Call, device: Device) -> Route:
@@ -138,7 +147,14 @@ def _parse(weights: Any) -> Mapping[tuple[int, int], Crossings]:
         try:
             N, K = map(int, shape.split(","))
             if min(N, K) >= 1:
-                entries[N, K] = Crossings(fields["M1"], fields["M2"])
-        except (KeyError, TypeError, ValueError):
+                entries[N, K] = Crossings(fields["M1"], fields["M2"], _order(fields.get("us", {})))
+        except (AttributeError, KeyError, TypeError, ValueError):
             continue
     return entries
+
+
+def _order(curves: Mapping[str, Mapping[str, float]]) -> tuple[tuple[int, str], ...]:
+    """Rows -> routes from the fastest on, of measured times."""
+    rows = {int(M) for curve in curves.values() for M in curve}
+    times = {M: {route: curve[str(M)] for route, curve in curves.items() if str(M) in curve} for M in rows}
+    return tuple((M, "".join(sorted(times[M], key=times[M].__getitem__))) for M in sorted(rows))

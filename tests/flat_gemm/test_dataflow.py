@@ -80,10 +80,14 @@ def test_routes_of_crossings():
 
 
 def test_what_two_numbers_lose_is_told():
-    """C is faster at 8 alone: the table sends 8 to B, which takes 4 where 1 would do."""
+    """C is faster at 8 alone: two numbers would send 8 to B, which takes 4 where 1 would do; measured times do not."""
     curves = dataflow.profile(lambda route, M: {"A": 5, "B": 4, "C": 1 if M == 8 else 9}[route])
     assert dataflow.loss(curves, dataflow.crossings(curves)) == 3
-    assert "(at most 300.0% lost)" in next(dataflow.report("out", 64, 32, curves))
+    assert "(alone they would lose 300.0%)" in next(dataflow.report("out", 64, 32, curves))
+    measured = {"64,32": dataflow.entry(curves)}
+    assert routes._parse(measured)[64, 32].route(8) == "C"
+    assert [routes._parse(measured)[64, 32].route(M) for M in (1, 4, 5, 9, 256)] == ["B", "B", "C", "B", "B"]
+    assert routes._parse(measured)[64, 32].kernel(8) == "B"
 
 
 @pytest.fixture
@@ -252,16 +256,16 @@ def test_the_program_measures_the_weights_of_a_model(cache, capsys):
     assert set(table) == set(MODELS["llama2_7b"].values())
     assert all(found == Crossings(4, NEVER) for found in table.values())
     entry = json.loads((cache / "user" / routes.table_name(device.current())).read_text())["bfloat16,NK"]["4096,4096"]
-    assert entry["us"]["A"]["3"] == 3
+    assert entry["us"]["A"]["4"] == 4
     assert dataflow.crossings(dataflow.curves_of(entry)) == Crossings(4, NEVER)
 
 
 def test_a_wrong_kernel_is_not_measured():
     arguments = SHAPES["plain_8"].make("float32", jax.random.key(0))
-    right = flat_gemm(**arguments)
-    dataflow._check(right, arguments, "right")
+    x, w, right = arguments["x"], arguments["w"], flat_gemm(**arguments)
+    dataflow._check(right, x, w, True, "right")
     with pytest.raises(AssertionError, match="route B, M=8"):
-        dataflow._check(right * 1.01, arguments, "route B, M=8")
+        dataflow._check(right * 1.01, x, w, True, "route B, M=8")
 
 
 def test_weights_that_make_no_sense(capsys):

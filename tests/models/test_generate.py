@@ -134,7 +134,7 @@ def test_only_tokens_with_a_text_are_drawn(generator):
 
 def test_nothing_is_compiled_twice_inside_a_bucket(model, generator, compilations):
     for temperature in (0.0, 1.0):  # a greedy step is a program of its own
-        generator.generate(PROMPTS, 40, Sampling(temperature, 5, 0.9, 0.1))
+        Generator(model, TOKENIZER).generate(PROMPTS, 40, Sampling(temperature, 5, 0.9, 0.1))
     compilations.clear()
     first = ["d" * 20, "e" * 7, "f"]
     generator.generate(first, 44, Sampling(0.0, 9, 0.5, 0.2), seed=7, stop_tokens=[3])
