@@ -218,8 +218,8 @@ def attention_inputs(model: Llama, row: Mapping[str, np.ndarray]) -> Iterator[At
     graphdef, stacked = nnx.split(model.blocks)
     x = model.embed(tokens).astype(model.dtype)
     for layer in range(config.num_layers):
-        x, inputs = _run_block(graphdef, stacked, layer, x, rope, mask)
-        yield AttentionInputs(*inputs, mask)
+        x, (query, key, value) = _run_block(graphdef, stacked, layer, x, rope, mask)
+        yield AttentionInputs(query, key, value, mask)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

@@ -344,7 +344,7 @@ def _kernel(
                 items, step = carry
                 b, n, row, live, *_ = item
                 # Any constant gives the same softmax. Halfway between the bounds, one maximum of |x - c| sees to both.
-                center = (phi_gmem[n] + (low + high) / 2) * LOG2E if asynchronous else None
+                center = (phi_gmem[n] + (low + high) / 2) * LOG2E if asynchronous else 0.0
                 q_slot = lax.rem(items, q_stages)
                 q = shared.q.at[q_slot, pl.ds(me * R, R)]
                 if out_in_q and q_stages == 1:
