@@ -49,8 +49,8 @@ from pallas_kernels.core.softmax import HIGHEST
 
 FILE = "calibration.json"
 VERSION = 1
-# How much further than what was seen logits may go, on either side. On text of another kind SmolLM2's went 4.6 further in
-# the mean over layers, and 14 at most, where there was room (docs/performance.md).
+# How much further than what was seen logits may go, on either side. On text of another kind SmolLM2's went 4.6 further
+# in the mean over layers, and 14 at most, where there was room (docs/performance.md).
 MARGIN = 10.0
 # The histogram of logits: bins of 1/8; the first and the last take what lies beyond.
 BIN, BINS = 0.125, 4096
