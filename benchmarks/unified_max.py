@@ -87,8 +87,8 @@ def outputs(
     out, stats = flash_attention(query, key, value, mask=masks.Causal(), **options)
     found = {"flash_attention": (out[0], stats.recomputed_rows)}
     # Each position is a sequence that ends there.
-    cache = [jnp.broadcast_to(x, (len(positions), *x.shape[1:])) for x in (key, value)]
-    out, stats = decode_attention(query[0, positions], *cache, positions + 1, **options)
+    key, value = (jnp.broadcast_to(x, (len(positions), *x.shape[1:])) for x in (key, value))
+    out, stats = decode_attention(query[0, positions], key, value, positions + 1, **options)
     return found | {"decode_attention": (out, stats.recomputed_rows)}
 
 

@@ -49,8 +49,8 @@ from pallas_kernels.core.softmax import HIGHEST
 
 FILE = "calibration.json"
 VERSION = 1
-# How much further than what was seen logits may go, on either side: docs/performance.md says how far they went on text
-# of another kind.
+# How much further than what was seen logits may go, on either side. On text of another kind SmolLM2's went 4.6 further
+# in the mean over layers, and 14 at most, where there was room (docs/performance.md).
 MARGIN = 10.0
 # The histogram of logits: bins of 1/8; the first and the last take what lies beyond.
 BIN, BINS = 0.125, 4096
@@ -218,15 +218,15 @@ def attention_inputs(model: Llama, row: Mapping[str, np.ndarray]) -> Iterator[At
     graphdef, stacked = nnx.split(model.blocks)
     x = model.embed(tokens).astype(model.dtype)
     for layer in range(config.num_layers):
-        x, inputs = _run_block(graphdef, stacked, layer, x, rope, mask)
-        yield AttentionInputs(*inputs, mask)
+        x, (query, key, value) = _run_block(graphdef, stacked, layer, x, rope, mask)
+        yield AttentionInputs(query, key, value, mask)
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _run_block(graphdef: nnx.GraphDef[Block], stacked: nnx.State, layer, x, rope, mask):
     block = nnx.merge(graphdef, jax.tree.map(lambda parameter: parameter[layer], stacked))
     inputs = block.attention.inputs(block.attention_norm(x), rope)
-    x, _ = block(x, rope, mask)
+    x = block(x, rope, mask)
     return x, inputs
 
 

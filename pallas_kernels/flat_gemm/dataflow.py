@@ -36,7 +36,7 @@ from pallas_kernels.flat_gemm.routes import MOST_ROWS, MOST_VECTOR_ROWS, Crossin
 from pallas_kernels.flat_gemm.shapes import MODELS, Shape
 
 ROUTES = ("A", "B", "C")
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, MOST_ROWS)
+ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128, MOST_ROWS)
 CHECKED = 64  # output features at either end of a weight
 
 # (route, M) -> seconds; infinity where the route does not take the call.

@@ -6,6 +6,7 @@ Expected numbers are NumPy's, in float64.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
 pytestmark = pytest.mark.timeout(240, method="thread")
 
 
-def run(implementation: str, arguments: dict, **options):
+def run(implementation: str, arguments: dict, **options) -> Any:
     """The call with LSE and statistics; `mosaic_gpu` in the interpreter, on a Hopper GPU of two multiprocessors."""
     arrays = arrays_of(arguments)
     config = {"xla": XlaConfig(64, 64), "mosaic_gpu": Sm90Config()}.get(implementation)
@@ -111,7 +112,7 @@ def test_hidden_keys_never_count(implementation, hidden_by):
     out, lse, stats = run(implementation, arguments, unified_max=UnifiedMax(40.0, -6.0, 6.0))
     assert stats.recomputed_rows.tolist() == [0]
     want, want_lse = exactly(np.where(hidden, -np.inf, logits), arguments["value"])
-    np.testing.assert_array_equal(np.float32(out)[:, 7], 0)
+    np.testing.assert_array_equal(np.asarray(out, np.float32)[:, 7], 0)
     np.testing.assert_array_equal(lse[:, :, 7], -np.inf)
     np.testing.assert_allclose(np.delete(lse, 7, 2), np.delete(want_lse, 7, 2), rtol=1e-5)
     np.testing.assert_allclose(np.float32(out), want, atol=0.02)
@@ -237,8 +238,8 @@ def test_types_inside_shard_map():
         return jnp.sum(out.astype(jnp.float32) ** 2), stats
 
     heads = P("data", None, "model", None)
-    # Each device counts the rows of its heads.
-    specs = {"in_specs": (heads, heads, heads, P("model")), "out_specs": (heads, SoftmaxStats(P(("data", "model"))))}
+    counts: Any = P(("data", "model"))  # each device counts the rows of its heads
+    specs: dict[str, Any] = {"in_specs": (heads, heads, heads, P("model")), "out_specs": (heads, SoftmaxStats(counts))}
     sharded = jax.shard_map(attend, mesh=mesh, **specs)
     arrays = [arguments[name] for name in ("query", "key", "value")] + [jnp.zeros(4)]
     with device.assume(device.H100):
@@ -340,5 +341,7 @@ def test_work_that_is_wanted_stays_with_its_multiprocessor():
     numbers = [1 * 4 + 2, (3 + 2) * 4 + 0]
     np.testing.assert_array_equal(some.items, np.where(np.isin(plan.items, numbers), plan.items, work.NO_ITEM))
     rounds = np.argwhere(np.isin(plan.items, numbers))[:, 0]
+    assert some.rounds is not None
+    assert none.rounds is not None
     assert some.rounds.tolist() == [rounds.max() + 1]
     assert none.rounds.tolist() == [0]

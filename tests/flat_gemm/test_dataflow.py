@@ -256,7 +256,7 @@ def test_the_program_measures_the_weights_of_a_model(cache, capsys):
     assert set(table) == set(MODELS["llama2_7b"].values())
     assert all(found == Crossings(4, NEVER) for found in table.values())
     entry = json.loads((cache / "user" / routes.table_name(device.current())).read_text())["bfloat16,NK"]["4096,4096"]
-    assert entry["us"]["A"]["4"] == 4
+    assert entry["us"]["A"]["3"] == 3
     assert dataflow.crossings(dataflow.curves_of(entry)) == Crossings(4, NEVER)
 
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,8 @@ CONFIG = dataclasses.replace(preset("tiny"), num_layers=2, d_model=48, head_dim=
 def model() -> Llama:
     model = Llama(CONFIG, rngs=nnx.Rngs(3), dtype=jnp.float32)
     # Scales of norms other than 1, so that logits spread and differ by layer.
-    scales = model.blocks.attention.query_norm.scale
+    norm: Any = model.blocks.attention.query_norm
+    scales = norm.scale
     scales[...] = scales[...] * jnp.asarray([[3.0], [8.0]])
     return model
 
@@ -46,7 +48,8 @@ def logits_in_numpy(model: Llama, row: dict[str, np.ndarray]) -> list[np.ndarray
         ".".join(map(str, path)): np.asarray(value[...], np.float64)
         for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))
     }
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    N, K, H, window = config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window
+    assert window is not None
 
     def norm(x, scale):
         return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + config.norm_eps) * scale
@@ -57,7 +60,7 @@ def logits_in_numpy(model: Llama, row: dict[str, np.ndarray]) -> list[np.ndarray
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
     x, index, found = weights["embedding.embedding"][row["tokens"]], np.arange(len(row["tokens"])), []
-    seen = (index <= index[:, None]) & (index > index[:, None] - config.sliding_window)
+    seen = (index <= index[:, None]) & (index > index[:, None] - window)
     seen &= (row["segment_ids"] == row["segment_ids"][:, None]) & (row["segment_ids"] > 0)
     for layer in range(config.num_layers):
         w = {
@@ -202,7 +205,8 @@ def test_files_that_are_none(tmp_path):
 
 def test_logits_that_are_not_numbers_are_an_error(model, rows):
     broken = nnx.clone(model)
-    scales = broken.blocks.attention.key_norm.scale
+    norm: Any = broken.blocks.attention.key_norm
+    scales = norm.scale
     scales[...] = scales[...].at[1, 0].set(jnp.nan)
     with pytest.raises(CalibrationError, match="the logits of layer 1 are not all finite"):
         measure(broken, rows[:1], "random tokens")

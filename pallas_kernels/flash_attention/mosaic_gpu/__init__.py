@@ -76,7 +76,8 @@ def forward_asynchronously(
     # Rows of a tile have one phi, so heads share tiles only if they share it.
     if sink is not None or jnp.ndim(unified_max.phi) or not _grouping_pays(query, key, config):
         return run(query, key, value, bias, sink, mask)
-    return _in_groups(run, query, key, value, bias, mask)
+    out, lse, recomputed = _in_groups(run, query, key, value, bias, mask)
+    return out, lse, recomputed
 
 
 def _in_groups(

@@ -301,21 +301,25 @@ def _kernel(
                 m is the maximum, or |x - c| at most, and l the sum. All is in base 2. What would be reduced across
                 threads is kept in 8 columns, to be reduced at the end.
                 """
+                visible = None
                 if masked or not plane.plain:
                     col = walk.column(item, i)
                     first_row = item.row * block_q + me * R + zero_of_step(col + i)
                     at = At(item.b, item.n, first_row, col * block_k)
-                    x, _ = plane.logits(x, ops, at, masked)
+                    x, _ = plane.logits(x, ops, at, masked and not asynchronous)
+                    visible = plane.visibility(ops, at, x.shape) if masked and asynchronous else None
                 if not asynchronous:
                     return online(x, m, l, first)
-                return *around(center, x, m, l, hides=masked or plane.has_bias), ()
+                if plane.has_bias:
+                    seen = x != -jnp.inf
+                    visible = seen if visible is None else visible & seen
+                return *around(center, x, visible, m, l), ()
 
-            def around(center, x, m, l, hides):
+            def around(center, x, visible, m, l):
                 x = x * unit - center
-                distance = jnp.abs(x)
-                if hides:
-                    distance = jnp.where(x == -jnp.inf, 0.0, distance)
-                p = jnp.exp2(x)
+                distance, p = jnp.abs(x), jnp.exp2(x)
+                if visible is not None:
+                    distance, p = jnp.where(visible, distance, 0.0), jnp.where(visible, p, 0.0)
                 return p, jnp.maximum(m, in_8_columns(jnp.maximum, distance)), l + in_8_columns(jnp.add, p)
 
             def online(x, m, l, first):
@@ -344,7 +348,7 @@ def _kernel(
                 items, step = carry
                 b, n, row, live, *_ = item
                 # Any constant gives the same softmax. Halfway between the bounds, one maximum of |x - c| sees to both.
-                center = (phi_gmem[n] + (low + high) / 2) * LOG2E if asynchronous else None
+                center = (phi_gmem[n] + (low + high) / 2) * LOG2E if asynchronous else 0.0
                 q_slot = lax.rem(items, q_stages)
                 q = shared.q.at[q_slot, pl.ds(me * R, R)]
                 if out_in_q and q_stages == 1:
