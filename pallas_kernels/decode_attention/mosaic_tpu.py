@@ -39,7 +39,7 @@ from pallas_kernels.core.tpu import LANES, VMEM_BYTES, dot, round_up
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import MosaicTpuConfig, mosaic_tpu_heuristic
-from pallas_kernels.decode_attention.softmax import UnifiedMax
+from pallas_kernels.core.softmax import UnifiedMax
 
 # Entries of lengths and page tables, in int32: half of the scalar memory.
 SCALAR_WORDS = 2**17

@@ -96,13 +96,14 @@ class Crossings:
 def choose(call: Call, device: Device) -> Route:
     """The route of a call.
 
-    A weight that was not measured takes the crossings of the one nearest to it in log N and log K. On a device without
-    a table, Hopper runs A for 1 and 2 rows and B up to 128; Ampere and Ada A below 8 rows (what B pads to there) and B
+    A weight that was not measured takes the crossings of the one nearest to it in log N and log K, if that is within a
+    factor of 2 in both. Without one, Hopper runs A for 1 and 2 rows and B up to 128; Ampere and Ada A below 8 rows (what B pads to there) and B
     up to 64; everything else, TPUs too, takes C. A weight [K, N] never takes A.
     """
     s = call.sizes
     M, N, K = s["M"], s["N"], s["K"]
-    measured = table(device).get(key(call.arguments[0].dtype, call.option("transpose_w")), {})
+    part = table(device).get(key(call.arguments[0].dtype, call.option("transpose_w")), {})
+    measured = {(n, k): found for (n, k), found in part.items() if max(n / N, N / n, k / K, K / k) <= 2}
     if measured:
         n, k = min(measured, key=lambda at: math.hypot(math.log(at[0] / N), math.log(at[1] / K)))
         crossings, source = measured[n, k], f"measured at N={n} K={k}"

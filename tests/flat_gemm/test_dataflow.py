@@ -109,7 +109,9 @@ def route(M, N, K, known=device.H100, dtype=jnp.bfloat16, transpose_w=True):
 
 
 def test_without_a_table(cache):
-    assert [route(M, 4096, 4096).name for M in (1, 7, 8, 64, 65)] == ["A", "A", "B", "B", "C"]
+    assert [route(M, 4096, 4096).name for M in (1, 2, 3, 128, 129)] == ["A", "A", "B", "B", "C"]
+    assert [route(M, 4096, 4096, known=device.A100).name for M in (1, 7, 8, 64, 65)] == ["A", "A", "B", "B", "C"]
+    assert [route(M, 4096, 4096, transpose_w=False).name for M in (1, 129)] == ["B", "C"]
     assert route(1, 4096, 4096, known=device.CPU).name == "C"
     assert route(1, 4096, 4096, known=device.TPU_V6E).implementations == ("xla",)
 
@@ -117,6 +119,7 @@ def test_without_a_table(cache):
 def test_the_nearest_weight_of_the_same_part(cache):
     put(cache / "user", {(4096, 4096): (2, 16), (4096, 16384): (4, 64)})
     put(cache / "user", {(4096, 4096): (3, 32)}, part="bfloat16,KN")
+    assert route(3, 4096, 65536).why.endswith("not measured on this device")  # nothing within a factor of 2
     found = route(3, 4096, 7000)
     assert (found.name, found.why) == ("B", "route B: M=3, M1=2, M2=16, measured at N=4096 K=4096")
     assert route(3, 4096, 9000).name == "A"  # nearer to 16384, by ratios
@@ -171,7 +174,6 @@ def test_configurations_are_of_the_better_route(cache):
         space = list(config_lib.search_space(call, device.H100, "mosaic_gpu"))
         assert len(set(space)) == len(space) > 1
         assert {type(config) for config in space} == {kind}
-        assert list(config_lib.search_space(call, device.H100, "xla")) == []
 
 
 def test_a_tuned_configuration_of_the_other_route_is_a_miss(cache):
@@ -239,7 +241,7 @@ def test_the_program_profiles_prints_and_stores(cache, capsys, monkeypatch):
     argv = ["--weights=4096x1024", "--orientation=KN", "--dtype=float32", "--budget=0", f"--device-table={file}"]
     assert dataflow.main(argv) == 0
     out = capsys.readouterr().out
-    assert "4096x1024 [N=4096, K=1024]  M1 = > 256  M2 = 1  (at most 0.0% lost)" in out
+    assert "4096x1024 [N=4096, K=1024]  M1 = > 256  M2 = 1  (alone they would lose 0.0%)" in out
     stored = json.loads(file.read_text())["float32,KN"]
     assert set(stored) == {"4096,1024"}
     assert set(stored["4096,1024"]["us"]["C"]) == {str(M) for M in dataflow.ROWS}

@@ -142,10 +142,14 @@ def test_weights_are_fused_in_the_compute_dtype():
     model = build(config, dtype=jnp.bfloat16)
     decoder = Decoder.from_model(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(decoder)} == {jnp.dtype(jnp.bfloat16)}
-    assert sum(leaf.size for leaf in jax.tree.leaves(decoder)) == config.num_parameters
+    # The scales of the norms before them are multiplied into qkv and gate_up.
+    parameters = config.num_parameters - 2 * config.num_layers * config.d_model
+    assert sum(leaf.size for leaf in jax.tree.leaves(decoder)) == parameters
     kernels = [getattr(model.blocks.attention, name).kernel[...][1] for name in ("query", "key", "value")]
-    np.testing.assert_array_equal(decoder.layers[1].qkv, jnp.concatenate(kernels, axis=1).T.astype(jnp.bfloat16))
-    assert decoder.weight_bytes == 2 * (config.num_parameters - config.vocab_size * config.d_model)
+    scale = model.blocks.attention_norm.scale[...][1]
+    expected = np.concatenate(kernels, axis=1).T * np.float32(scale)
+    np.testing.assert_array_equal(decoder.layers[1].qkv, expected.astype(jnp.bfloat16))
+    assert decoder.weight_bytes == 2 * (parameters - config.vocab_size * config.d_model)
 
 
 def test_bfloat16_is_close_to_float32():

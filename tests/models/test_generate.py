@@ -55,6 +55,7 @@ class PieceTokenizer:
 TOKENIZER = PieceTokenizer()
 # Compiling takes nearly all of the time here, so most tests share two shapes: these prompts with at most 40 new tokens,
 # or one of them alone.
+NORMS = 2 * CONFIG.num_layers * CONFIG.d_model * 4  # scales that are part of the weights behind them
 PROMPTS = ["a", "the quick brown fox", "jumps over the lazy dog.", "hello"]
 
 
@@ -147,8 +148,7 @@ def test_nothing_is_compiled_twice_inside_a_bucket(model, generator, compilation
 def test_timings_count_tokens_and_bytes(model):
     result = Generator(model, TOKENIZER).generate(["abc", "de", "f"], 5)
     timings = result.timings
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
-    weights -= 2 * CONFIG.num_layers * CONFIG.d_model * 4  # the scales of norms are part of the weights behind them
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))) - NORMS
     token = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4  # key and value in float32
     assert (timings.prefill_tokens, timings.decode_tokens) == (6, 3 * 4)
     assert timings.decode_bytes == 4 * weights + token * ((4 + 5 + 6 + 7) + (3 + 4 + 5 + 6) + (2 + 3 + 4 + 5))
@@ -161,7 +161,7 @@ def test_timings_count_tokens_and_bytes(model):
 
 def test_bytes_leave_out_an_untied_embedding_table_and_what_a_window_hides(windowed_model):
     timings = Generator(windowed_model, TOKENIZER).generate(PROMPTS[2], 20, cache_size=44).timings
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(windowed_model)))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(windowed_model))) - NORMS
     table = CONFIG.vocab_size * CONFIG.d_model * 4
     token = 2 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 4
     assert timings.decode_bytes == 19 * (weights - table + 6 * token)
