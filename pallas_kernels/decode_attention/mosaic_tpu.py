@@ -35,11 +35,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.softmax import UnifiedMax
 from pallas_kernels.core.tpu import LANES, VMEM_BYTES, dot, round_up
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import MosaicTpuConfig, mosaic_tpu_heuristic
-from pallas_kernels.core.softmax import UnifiedMax
 
 # Entries of lengths and page tables, in int32: half of the scalar memory.
 SCALAR_WORDS = 2**17

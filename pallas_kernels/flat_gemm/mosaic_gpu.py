@@ -18,7 +18,6 @@ Source: Hong et al., "FlashDecoding++", 2023, sections 4 and 5.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -71,6 +70,8 @@ def forward(
     (M, K), hopper = x.shape, copies_of_device().fill
     if not hopper and K % config.block_k:
         raise ValueError(f"flat_gemm: on Ampere K={K} must be a multiple of block_k, got {config}.")
+    if not hopper and isinstance(config, MatrixConfig) and config.num_splits > 1:
+        raise ValueError(f"flat_gemm: num_splits takes the clusters of Hopper, got {config}.")
     if isinstance(config, VectorConfig):
         if not transpose_w:
             raise ValueError(f"flat_gemm: route A takes a weight [N, K] (transpose_w=True), got [K, N] and {config}.")
@@ -112,11 +113,6 @@ class _Route(NamedTuple):
     def layout(self) -> Any:
         """Of a tile."""
         raise NotImplementedError
-
-    @property
-    def row_layout(self) -> Any:
-        """Of a row of a tile, along n."""
-        return self.layout.reduce(1)
 
     def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> tuple[list[list[jax.Array]], Any]:
         """Sums over `live` steps of the ring, of slots w and of the rows x(step), [M, k]; and what `squares` adds up if
@@ -177,10 +173,6 @@ class _Vectors(_Route):
     @property
     def layout(self) -> Any:
         return self.tile_layout.reduce(1)
-
-    @property
-    def row_layout(self) -> Any:
-        return self.layout
 
     def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
         shape, layout = (self.n, self.k), self.tile_layout
@@ -308,17 +300,20 @@ def _strips(
     """The kernel of all routes, [M, O]. bias [parts, O] is padded to whole strips of n features."""
     (M, K), N = x.shape, w.shape[0] if at.transpose_w else w.shape[1]
     O, dtype, copies = N // at.parts, x.dtype, copies_of_device()
-    steps_of_split = -(-K // (at.k * num_splits))
+    strips, steps_of_split = -(-O // at.n), -(-K // (at.k * num_splits))
     hopper, vectors = copies.fill, isinstance(at, _Vectors)
-    given = {name: a for name, a in (("bias", bias), ("residual", residual)) if a is not None}
+    # Ampere has no copies out of shared memory that would turn Z^T around: XLA does, and adds the residual.
+    turned = not hopper and not vectors
+    options = {"bias": bias, "residual": None if turned else residual}
+    given = {name: a for name, a in options.items() if a is not None}
 
     def kernel(
         x_gmem,
         w_gmem,
         *refs,
         ws,
-        out_smem,
         xs=None,
+        out_smem=None,
         partial=None,
         residual_smem=None,
         squares_smem=None,
@@ -326,10 +321,11 @@ def _strips(
         added=None,
     ):
         option, out_gmem = dict(zip(given, refs, strict=False)), refs[-1]
-        split = lax.axis_index("split")
-        n = lax.axis_index("strip") * at.n
+        split = lax.axis_index("split") if num_splits > 1 else 0
+        strip = lax.axis_index("strip")
+        n = strip * at.n
         # Row 0, in words that do not tell that fewer rows than a tile may follow.
-        rows = pl.ds(lax.div(split, num_splits) * 8, at.padded) if hopper and not vectors else slice(None)
+        rows = pl.ds(lax.div(strip, strips) * 8, at.padded) if hopper and not vectors else slice(None)
         first = split * steps_of_split
         live = jnp.clip(-(-K // at.k) - first, 0, steps_of_split)
 
@@ -364,22 +360,18 @@ def _strips(
                 if bias is not None:
                     z = [y + at.bias(option["bias"].at[p], n, i).astype(jnp.float32) for p, y in enumerate(z)]
                 y = _activate(list(z), activation)
-                if residual_smem is not None:
-                    more = plgpu.load(at.view(residual_smem, i), layout=at.layout, optimized=False)
-                    y = y + more.astype(jnp.float32)
-                at.view(out_smem, i)[...] = y.astype(out_smem.dtype)
-            if copies.fill:
-                copies.send(out_smem, out_gmem.at[rows, pl.ds(n, at.n)])
-                return
-            # Ampere has no copies out of shared memory: row by row through registers.
-            width = at.n // len(tiles[0]) if isinstance(at, _Mma) else at.n
-            for m, start in itertools.product(range(M), range(0, at.n, width)):
-                features = pl.ds(n + start, width)
-                y = plgpu.load(out_smem.at[m, pl.ds(start, width)], layout=at.row_layout, optimized=False)
+                if turned:
+                    store(out_gmem.at[pl.ds(n + WIDE * i, WIDE)], y)
+                    continue
                 if residual is not None:
-                    more = plgpu.load(option["residual"].at[m, features], layout=at.row_layout, optimized=False)
-                    y = y + more.astype(jnp.float32)
-                store(out_gmem.at[m, features], y.astype(dtype))
+                    added_to = at.view(residual_smem, i) if hopper else option["residual"].at[i, pl.ds(n, at.n)]
+                    y = y + plgpu.load(added_to, layout=at.layout, optimized=False).astype(jnp.float32)
+                if hopper:
+                    at.view(out_smem, i)[...] = y.astype(dtype)
+                else:
+                    store(out_gmem.at[i, pl.ds(n, at.n)], y.astype(dtype))
+            if hopper:
+                copies.send(out_smem, out_gmem.at[rows, pl.ds(n, at.n)])
 
         if num_splits == 1:
             finish(tiles, squares)
@@ -411,7 +403,7 @@ def _strips(
     scratch = {
         "ws": tile_memory(stages, at.parts, *tile, dtype=dtype),
         "xs": None if vectors and not hopper else rows_memory(stages, padded, at.k),
-        "out_smem": rows_memory(padded, at.n) if hopper else plgpu.SMEM((padded, at.n), jnp.float32),
+        "out_smem": rows_memory(padded, at.n) if hopper else None,
         "arrived": copies.barrier(at.parts + 1, stages),
     }
     if residual is not None and hopper:
@@ -420,14 +412,16 @@ def _strips(
         scratch["squares_smem"] = plgpu.SMEM((padded,), jnp.float32)
     if num_splits > 1:
         scratch["partial"] = plgpu.SMEM((at.parts, at.n // WIDE, WIDE, at.padded), jnp.float32)
-    return plgpu.kernel(
+    out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((M, O), dtype),
-        grid=(-(-O // at.n),),
+        out_type=jax.ShapeDtypeStruct((O, M), jnp.float32) if turned else jax.ShapeDtypeStruct((M, O), dtype),
+        grid=(strips,),
         grid_names=("strip",),
-        cluster=(num_splits,),
-        cluster_names=("split",),
+        **({"cluster": (num_splits,), "cluster_names": ("split",)} if num_splits > 1 else {}),
         scratch_types={name: memory for name, memory in scratch.items() if memory is not None},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         **cost_option(flops=2 * M * N * K, transcendentals=M * O, bytes_accessed=2 * (N * K + M * K + M * O)),
     )(x, w, *given.values())
+    if turned:
+        out = out.T if residual is None else out.T + residual
+    return out.astype(dtype)

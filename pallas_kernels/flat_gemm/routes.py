@@ -31,6 +31,8 @@ from pallas_kernels.core.dispatch import Call
 MOST_ROWS = 256
 # More do not fit the registers of route A.
 MOST_VECTOR_ROWS = 8
+# Times that are so close, as a fraction, are alike.
+TIE = 0.015
 # M1 and M2 where there is no table: on Hopper nothing is padded.
 _UNMEASURED = {"sm90": (3, 129)}
 ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
@@ -97,8 +99,8 @@ def choose(call: Call, device: Device) -> Route:
     """The route of a call.
 
     A weight that was not measured takes the crossings of the one nearest to it in log N and log K, if that is within a
-    factor of 2 in both. Without one, Hopper runs A for 1 and 2 rows and B up to 128; Ampere and Ada A below 8 rows (what B pads to there) and B
-    up to 64; everything else, TPUs too, takes C. A weight [K, N] never takes A.
+    factor of 2 in both. Without one, Hopper runs A for 1 and 2 rows and B up to 128; Ampere and Ada run A below 8 rows
+    (what B pads to there) and B up to 64; everything else, TPUs too, takes C. A weight [K, N] never takes A.
     """
     s = call.sizes
     M, N, K = s["M"], s["N"], s["K"]
@@ -155,7 +157,13 @@ def _parse(weights: Any) -> Mapping[tuple[int, int], Crossings]:
 
 
 def _order(curves: Mapping[str, Mapping[str, float]]) -> tuple[tuple[int, str], ...]:
-    """Rows -> routes from the fastest on, of measured times."""
-    rows = {int(M) for curve in curves.values() for M in curve}
-    times = {M: {route: curve[str(M)] for route, curve in curves.items() if str(M) in curve} for M in rows}
-    return tuple((M, "".join(sorted(times[M], key=times[M].__getitem__))) for M in sorted(rows))
+    """Rows -> routes from the fastest on, of measured times. What is within TIE of the fastest goes in the order of the
+    alphabet: bias, activation and residual cost a kernel nothing, and an A less than a B."""
+    rows = sorted({int(M) for curve in curves.values() for M in curve})
+
+    def order(M: int) -> str:
+        times = {route: curve[str(M)] for route, curve in curves.items() if str(M) in curve}
+        fastest = min(times.values())
+        return "".join(sorted(times, key=lambda r: (0, 0, r) if times[r] <= fastest * (1 + TIE) else (1, times[r], r)))
+
+    return tuple((M, order(M)) for M in rows)

@@ -93,6 +93,7 @@ SHAPES: dict[str, Shape] = {
     "plain_8": Shape(8, 192, 256),
     "columns_1": Shape(1, 104, 72, transpose_w=False),
     "columns_17": Shape(17, 88, 200, transpose_w=False),
+    "columns_128": Shape(8, 384, 256, transpose_w=False, activation="silu", extras=("bias", "residual")),
     "bias_4": Shape(4, 130, 96, extras=("bias",)),
     "silu_5": Shape(5, 96, 328, transpose_w=False, activation="silu", extras=("bias", "residual")),
     "square_5": Shape(5, 128, 128, activation="silu", extras=("bias", "residual")),

@@ -134,6 +134,19 @@ _DECODE_TPU = {
 }
 
 
+# Routes A and B, a long weight that two blocks share, weights [K, N], and on Hopper normalized rows and most rows.
+_GEMM_GPU = {
+    "llama2_7b_qkv_m1": True,
+    "llama2_7b_qkv_m8": True,
+    "llama2_7b_down_m8": True,
+    "llama2_7b_qkv_m64": True,
+    "columns_128": True,
+    "normalized_8": False,
+    "normalized_swiglu_2": False,
+    "llama2_7b_out_m256": False,
+}
+
+
 def _flat_gemm(implementation: str, shape: str, dtype: str, compiling: Compiling):
     import jax
 
@@ -326,6 +339,15 @@ CASES: tuple[Case, ...] = (
             functools.partial(_decode_attention, "mosaic_tpu", shape, dtype),
         )
         for shape, dtype in _DECODE_TPU.items()
+    ),
+    *(
+        Case(
+            f"flat_gemm/mosaic_gpu/{shape}",
+            AMPERE + HOPPER if everywhere else HOPPER,
+            functools.partial(_flat_gemm, "mosaic_gpu", shape, "bfloat16"),
+            hot=True,
+        )
+        for shape, everywhere in _GEMM_GPU.items()
     ),
     *(
         Case(f"flat_gemm/mosaic_tpu/{shape}", TPUS, functools.partial(_flat_gemm, "mosaic_tpu", shape, dtype))
