@@ -321,11 +321,11 @@ def _strips(
         added=None,
     ):
         option, out_gmem = dict(zip(given, refs, strict=False)), refs[-1]
-        split = lax.axis_index("split") if num_splits > 1 else 0
         strip = lax.axis_index("strip")
-        n = strip * at.n
-        # Row 0, in words that do not tell that fewer rows than a tile may follow.
-        rows = pl.ds(lax.div(strip, strips) * 8, at.padded) if hopper and not vectors else slice(None)
+        n, zero = strip * at.n, lax.div(strip, strips)
+        split = lax.axis_index("split") if num_splits > 1 else zero
+        # From row 0, in words that do not tell that fewer rows than a tile may follow.
+        rows = pl.ds(zero * 8, at.padded) if hopper and not vectors else slice(None)
         first = split * steps_of_split
         live = jnp.clip(-(-K // at.k) - first, 0, steps_of_split)
 
