@@ -5,8 +5,8 @@
     (rewritten by python -m benchmarks.table)
     <!-- end benchmarks -->
 
-`models` in the place of an operation shows whole models; `fastattention_operator`, and so on, a part of what
-benchmarks/fastattention.py measures. Without arguments it takes every Markdown file of the
+`models` in the place of an operation shows whole models, `decoding` their decode steps alone, `fastattention_operator`,
+and so on, a part of what benchmarks/fastattention.py measures. Without arguments it takes every Markdown file of the
 repository; `--check` changes nothing and exits with 1 if a table is not what the results say.
 """
 
@@ -56,8 +56,10 @@ def fill(text: str, results: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         what, device = match["what"], match["device"]
-        if what == "models":
-            lines = model_table(rows.read(results / f"{device}_models.csv", ModelRow))
+        if what in ("models", "decoding"):
+            measured = rows.read(results / f"{device}_models.csv", ModelRow)
+            wanted = [row for row in measured if (row.phase == "decode_step") == (what == "decoding")]
+            lines = decoding_table(wanted) if what == "decoding" else model_table(wanted)
         elif what.startswith("fastattention_"):
             measured = rows.read(results / f"{device}_fastattention.csv", PaperRow)
             lines = paper_table(measured, what.removeprefix("fastattention_"))
@@ -126,6 +128,24 @@ def model_table(measured: Sequence[ModelRow]) -> list[str]:
         ]
         for row in measured
     ]
+    return markdown(header, cells)
+
+
+def decoding_table(measured: Sequence[ModelRow]) -> list[str]:
+    """A decode step alone, each beside that of transformers."""
+    theirs = {(r.model, r.batch, r.length): r for r in measured if r.implementation == "huggingface"}
+    header = ["model", "batch x prompt", "variant", "ms a step", "tokens/s", "GB/s", "times transformers", "commit"]
+    cells = []
+    for row in measured:
+        if row.implementation == "huggingface":
+            continue
+        other = theirs.get((row.model, row.batch, row.length))
+        ratio = number(float(other.median_ms) / float(row.median_ms), 3) if other else ""
+        shape = f"{row.batch} x {row.length}"
+        cells.append(
+            [f"`{row.model}`", shape, row.implementation, row.median_ms, row.tokens_per_second, row.gbs, ratio]
+        )
+        cells[-1].append(row.commit)
     return markdown(header, cells)
 
 

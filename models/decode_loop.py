@@ -87,7 +87,7 @@ def prefill_pages(decoder: Decoder, tokens, lengths, settings: Settings, cache: 
 
 
 def decode(
-    decoder: Decoder, state: State, done: jax.Array, steps: int, settings: Settings, *, drawable: int
+    decoder: Decoder, state: State, done: jax.Array | np.ndarray, steps: int, settings: Settings, *, drawable: int
 ) -> tuple[State, np.ndarray]:
     """Up to `steps` tokens more of the rows that are not done, fewer if all become so.
 
@@ -119,7 +119,8 @@ def _decode_step(
     decoder: Decoder, state: State, done: jax.Array, settings: Settings, *, drawable: int, greedy: bool
 ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
     """The new state, which rows are done, the token of each, and whether all rows are done."""
-    logits, cache = decoder.step(state.token, state.cache, live=~done)
+    cache: Any = state.cache
+    logits, cache = decoder.step(state.token, cache, live=~done)
     if greedy:
         token = jnp.argmax(logits[:, :drawable], axis=-1).astype(jnp.int32)
     else:

@@ -33,7 +33,7 @@ def sync() -> None:
     plgpu.inline_mgpu()(cluster_sync)()
 
 
-def load(ref: Ref, block: jax.Array, layout: Any) -> jax.Array:
+def load(ref: Ref, block: jax.Array | int, layout: Any) -> jax.Array:
     """What lies at `ref`, float32 in shared memory without transforms, in another block of the cluster: the one of
     that rank. The last axis of a cluster counts first."""
 

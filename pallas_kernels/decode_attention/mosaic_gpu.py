@@ -112,7 +112,8 @@ def forward(
         bad = jnp.any(out_of_bounds > 0, axis=2)
         recomputed = jnp.sum(bad[..., : T * G], axis=(1, 2), dtype=jnp.int32)
     if len(parts) == 3:
-        parts = _merge(*parts, sink, cache.value_scale, T=T, G=G, dtype=query.dtype)
+        acc, m, l = parts
+        parts = _merge(acc, m, l, sink, cache.value_scale, T=T, G=G, dtype=query.dtype)
     out, lse = parts
     out = jnp.swapaxes(out[:, :, : T * G].reshape(B, K, T, G, -1), 1, 2).reshape(B, T, N, -1)
     return out, jnp.swapaxes(lse[..., : T * G].reshape(B, K, T, G), 2, 3).reshape(B, N, T), recomputed
@@ -255,7 +256,19 @@ def _splits(
         """One number a query, [R], the same for each row of a tile."""
         return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, (1,)), acc_layout)
 
-    def kernel(*refs, q, k, v, p, arrived=None, q_arrived=None, acc_smem=None, m_smem=None, l_smem=None, out_smem=None):
+    def kernel(
+        *refs,
+        q,
+        k,
+        v,
+        p,
+        arrived: Any = None,
+        q_arrived: Any = None,
+        acc_smem: Any = None,
+        m_smem: Any = None,
+        l_smem: Any = None,
+        out_smem: Any = None,
+    ):
         rows_gmem, lengths_gmem, key_gmem, value_gmem, *more = refs[: len(operands)]
         outputs = list(refs[len(operands) :])
         bad_gmem = None if phi is None else outputs.pop()

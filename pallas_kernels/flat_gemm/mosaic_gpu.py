@@ -32,7 +32,7 @@ from pallas_kernels.core import cluster
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, store, swizzle_bytes, tile_memory
-from pallas_kernels.flat_gemm.config import Config, MatrixConfig, VectorConfig, outputs
+from pallas_kernels.flat_gemm.config import MatrixConfig, VectorConfig, outputs
 from pallas_kernels.flat_gemm.routes import ARCHS, MOST_ROWS, MOST_VECTOR_ROWS
 
 Ref = Any
@@ -64,7 +64,7 @@ def forward(
     activation: str | None,
     transpose_w: bool,
     rms_norm_eps: float | None,
-    config: Config,
+    config: VectorConfig | MatrixConfig,
 ) -> jax.Array:
     """[M, O] in the dtype of x, of x [M, K] and w [K, N] ([N, K])."""
     (M, K), hopper = x.shape, copies_of_device().fill
@@ -83,8 +83,8 @@ def forward(
         # Four warps copy as many tiles of 8 rows and 64 inputs each by cp.async.
         multiple = 8 if hopper else max(8, 4 * 8 * 64 // config.block_k)
         if not (hopper and M < 8):
-            x, residual = (None if a is None else jnp.pad(a, ((0, -M % multiple), (0, 0))) for a in (x, residual))
-            assert x is not None
+            more = ((0, -M % multiple), (0, 0))
+            x, residual = jnp.pad(x, more), None if residual is None else jnp.pad(residual, more)
     parts = 2 if activation == "swiglu" else 1  # gate and up
     if bias is not None:
         bias = bias.reshape(parts, -1)
@@ -174,7 +174,7 @@ class _Vectors(_Route):
     def layout(self) -> Any:
         return self.tile_layout.reduce(1)
 
-    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
+    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> tuple[list[list[jax.Array]], Any]:
         shape, layout = (self.n, self.k), self.tile_layout
 
         def step(i: Any, carry: tuple) -> tuple:
@@ -216,7 +216,7 @@ class _Mma(_Route):
     def layout(self) -> Any:
         return plgpu.Layout.MMA_ACC(self.dtype)
 
-    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
+    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> tuple[list[list[jax.Array]], Any]:
         left, right = plgpu.Layout.MMA_LHS(self.dtype), plgpu.Layout.MMA_RHS(self.dtype)
 
         def step(i: Any, carry: tuple) -> tuple:
@@ -244,7 +244,7 @@ class _Wgmma(_Route):
     def layout(self) -> Any:
         return plgpu.Layout.WGMMA
 
-    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> list[list[jax.Array]]:
+    def tiles(self, ring: Ring, live: Any, w: Ref, x: Callable[[Any], Ref]) -> tuple[list[list[jax.Array]], Any]:
         per_part = self.n // WIDE
 
         def multiply(*sums: Ref) -> tuple[list[jax.Array], Any]:
@@ -264,7 +264,9 @@ class _Wgmma(_Route):
             plgpu.wgmma_wait(0)
             return [z[...] for z in sums], squares
 
-        z, squares = pl.run_scoped(multiply, *[plgpu.ACC((WIDE, self.padded), jnp.float32)] * (self.parts * per_part))
+        accumulator: Any = plgpu
+        accumulators = [accumulator.ACC((WIDE, self.padded), jnp.float32)] * (self.parts * per_part)
+        z, squares = pl.run_scoped(multiply, *accumulators)
         return [z[p * per_part : (p + 1) * per_part] for p in range(self.parts)], squares
 
 
@@ -312,13 +314,13 @@ def _strips(
         w_gmem,
         *refs,
         ws,
-        xs=None,
-        out_smem=None,
-        partial=None,
-        residual_smem=None,
-        squares_smem=None,
-        arrived=None,
-        added=None,
+        xs: Any = None,
+        out_smem: Any = None,
+        partial: Any = None,
+        residual_smem: Any = None,
+        squares_smem: Any = None,
+        arrived: Any = None,
+        added: Any = None,
     ):
         option, out_gmem = dict(zip(given, refs, strict=False)), refs[-1]
         strip = lax.axis_index("strip")
