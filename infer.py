@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from models.batcher import ContinuousBatcher
+from models.calibrate import Calibration
 from models.checkpoint import load_model
 from models.decoder import Decoder
 from models.generate import GenerationResult, Generator, Timings
@@ -106,7 +107,9 @@ def run(options: flags.FlagValues) -> None:
     names = options.implementation.split(",")
     implementation = tuple(names) if len(names) > 1 else names[0]
     model, tokenizer = load_model(options.checkpoint, dtype=dtype, implementation=implementation)
-    decoder = Decoder.from_model(model)
+    # Kernels have no room for an asynchronous softmax's weights in float16.
+    calibration = None if dtype == jnp.float16 else Calibration.beside(options.checkpoint, model.config)
+    decoder = Decoder.from_model(model, calibration=calibration)
     del model  # the decoder is a copy of its weights
     settings = {
         "max_new_tokens": options.max_new_tokens,

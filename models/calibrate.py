@@ -126,6 +126,12 @@ class Calibration:
         return file
 
     @classmethod
+    def beside(cls, checkpoint: str | Path, config: LlamaConfig) -> Calibration | None:
+        """That of a checkpoint's folder; None if it has none. Raises as `load` does."""
+        file = Path(checkpoint) / FILE
+        return cls.load(file, config) if file.is_file() else None
+
+    @classmethod
     def load(cls, path: str | Path, config: LlamaConfig) -> Calibration:
         """Reads what `save` wrote.
 

@@ -38,6 +38,7 @@ class Suite:
     probe_dtypes: ClassVar[Mapping[str, str]] = {}  # and the dtype, for implementations that do not take float32
     differentiable: ClassVar[bool] = True
     on_gpu: ClassVar[bool] = True  # `pytest -m gpu` runs it
+    slow_dtypes: ClassVar[frozenset[str]] = frozenset()  # in which named shapes are not part of `make test`
     plumbing: ClassVar[frozenset[str]] = frozenset({"implementation", "config", "return_lse"})
 
     def call(self, arguments: dict[str, Any], implementation: str) -> Any:
@@ -75,7 +76,7 @@ class Suite:
         values = {
             "implementation": self.implementations,
             "shape": [name for name, shape in self.shapes.items() if not shape.large],
-            "dtype": DTYPES,
+            "dtype": [pytest.param(d, marks=pytest.mark.slow) if d in self.slow_dtypes else d for d in DTYPES],
         }
         for name in metafunc.fixturenames:
             if name in values:

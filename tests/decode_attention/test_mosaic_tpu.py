@@ -47,6 +47,7 @@ def assert_right(arguments, config=None) -> None:
 @pytest.mark.usefixtures("interpreted")
 class TestMosaicTpu(test_conformance.TestDecodeAttention):
     implementations = ("mosaic_tpu",)
+    slow_dtypes = frozenset({"float32"})
     on_gpu = False  # the interpreter's float32 products are those of a CPU
 
     def test_shard_map(self, implementation, monkeypatch):

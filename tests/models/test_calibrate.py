@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 
 from models import calibrate
+from models.cache import KVCache
 from models.calibrate import Calibration, CalibrationError, LayerLogits, attention_inputs, measure
 from models.data import Documents, PackedRows
+from models.decoder import Decoder
 from models.llama import Llama, LlamaConfig
 from models.presets import preset
 from models.tokenizer import Tokenizer
@@ -154,6 +156,25 @@ def test_round_trip(calibration, tmp_path):
     assert Calibration.load(tmp_path, CONFIG) == calibration == Calibration.load(file, CONFIG)
     assert json.loads(file.read_text())["layers"][0]["phi"] == list(calibration.layers[0].phi)
     assert [path.name for path in tmp_path.iterdir()] == ["calibration.json"]
+
+
+def test_a_checkpoint_without_one_has_none(calibration, tmp_path):
+    assert Calibration.beside(tmp_path, CONFIG) is None
+    assert Calibration.beside(tmp_path / "model.gguf", CONFIG) is None
+    calibration.save(tmp_path)
+    assert Calibration.beside(tmp_path, CONFIG) == calibration
+
+
+def test_a_decoder_with_one_says_the_same(model, calibration):
+    """Up to rounding; what the bounds are is not what the result is."""
+    tokens, lengths = jnp.asarray([[3, 1, 4, 1, 5]]), jnp.asarray([5])
+    hidden = []
+    for given in (None, calibration):
+        decoder = Decoder.from_model(model, calibration=given)
+        assert (decoder.unified_max is None) == (given is None)
+        _, cache = decoder.prefill(tokens, lengths, KVCache.zeros(CONFIG, 1, 8, decoder.dtype))
+        hidden.append(decoder.step(jnp.asarray([9]), cache)[0])
+    np.testing.assert_allclose(hidden[1], hidden[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(calibration, tmp_path, monkeypatch):
