@@ -50,6 +50,10 @@ class TestMosaicTpu(test_conformance.TestDecodeAttention):
     slow_dtypes = frozenset({"float32"})
     on_gpu = False  # the interpreter's float32 products are those of a CPU
 
+    @pytest.mark.slow
+    def test_each_argument_changes_the_output_or_is_refused(self, implementation):
+        super().test_each_argument_changes_the_output_or_is_refused(implementation)
+
     def test_shard_map(self, implementation, monkeypatch):
         """The interpreter's own loop does not pass shard_map's check of types; the call's types do, as traced below."""
         monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
@@ -105,7 +109,11 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+# One of each kind of loop; `-m slow` takes the rest.
+SOON = ("splits", "pages_of_16", "window", "everything")
+
+
+@pytest.mark.parametrize("name", [n if n in SOON else pytest.param(n, marks=pytest.mark.slow) for n in LOOPS])
 @pytest.mark.usefixtures("interpreted")
 def test_loops_over_chunks(name):
     shape, config = LOOPS[name]

@@ -27,6 +27,10 @@ TWO_SMS = dataclasses.replace(device.H100, num_cores=2)
 # Several tiles of rows and of keys in every implementation.
 T, S, H = 140, 150, 64
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu")
+# In the interpreter a case takes 10 to 20 s.
+INTERPRETED_LATER = tuple(
+    pytest.param(name, marks=pytest.mark.slow) if name == "mosaic_gpu" else name for name in IMPLEMENTATIONS
+)
 pytestmark = pytest.mark.timeout(240, method="thread")
 
 
@@ -84,7 +88,7 @@ def test_one_logit_far_above_and_one_row_far_below(implementation):
     np.testing.assert_allclose(np.float32(out), want, atol=0.02)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", INTERPRETED_LATER)
 def test_bounds_are_taken_from_phi_and_each_head_has_its_own(implementation):
     """Logits of head n lie around 30 n - 15: with one phi every row of a head is out of bounds, with two none is."""
     logits = noise(1, 2, T, S) + np.array([-15.0, 15.0])[:, None, None]
@@ -98,7 +102,7 @@ def test_bounds_are_taken_from_phi_and_each_head_has_its_own(implementation):
 
 
 @pytest.mark.parametrize("hidden_by", ["mask", "bias"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", INTERPRETED_LATER)
 def test_hidden_keys_never_count(implementation, hidden_by):
     """Nor do rows and keys of a tile that are beyond T and S, where phi is far from 0."""
     hidden = np.random.default_rng(2).random((1, 2, T, S)) < 0.5
@@ -118,7 +122,7 @@ def test_hidden_keys_never_count(implementation, hidden_by):
     np.testing.assert_allclose(np.float32(out), want, atol=0.02)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", INTERPRETED_LATER)
 def test_a_row_that_sees_nothing_has_its_sink(implementation):
     """However far the sink is from phi."""
     arguments = with_logits(noise(1, 2, 8, 16)) | {"mask": masks.Dense(jnp.zeros((8, 16), bool))}
@@ -172,7 +176,7 @@ def check(arguments: dict, config: Sm90Config, arrays=None, transform=lambda f: 
         conformance.assert_agrees(of(attend), of(reference.specified), of(reference.naively), arrays)
 
 
-@pytest.mark.parametrize("name", ["asynchronous_140_150", "everything"])
+@pytest.mark.parametrize("name", [pytest.param("asynchronous_140_150", marks=pytest.mark.slow), "everything"])
 def test_hopper(name):
     everything_at_once = Shape(2, 90, 150, 2, 1, 48, 56, extras=asynchronous(everything, 4.0))
     shape = SHAPES.get(name, everything_at_once)
@@ -183,7 +187,11 @@ def test_hopper(name):
     ("shape", "config"),
     [
         (Shape(1, 130, 200, 2, 2, 128, extras=asynchronous(plain, 3.2)), Sm90Config()),
-        (Shape(1, 200, 260, 1, 1, 64, extras=asynchronous(causal, 3.2)), Sm90Config(3, stages=3)),
+        pytest.param(
+            Shape(1, 200, 260, 1, 1, 64, extras=asynchronous(causal, 3.2)),
+            Sm90Config(3, stages=3),
+            marks=pytest.mark.slow,
+        ),
         (Shape(2, 90, 150, 2, 1, 48, 56, extras=asynchronous(everything, 4.0)), Sm90Config(block_k=64)),
     ],
     ids=["full", "three_consumers", "everything"],
@@ -206,6 +214,7 @@ def test_vmap():
     check(first, Sm90Config(), arrays, jax.vmap)
 
 
+@pytest.mark.slow
 def test_short_queries_share_tiles_where_heads_share_phi(monkeypatch):
     seen = []
 
