@@ -396,7 +396,8 @@ def _splits(
             # Queries that only fill the tile may be out of bounds, too, and do no harm.
             redo = jnp.max(bad) > 0
             acc, own, l = lax.cond(redo, again, lambda: (acc, plgpu.layout_cast(jnp.zeros_like(l), columns), l))
-            m = jnp.where(redo, own, m)
+            # What has seen no key has no maximum, not phi: a sink may be far below.
+            m = jnp.where(l == 0, -jnp.inf, jnp.where(redo, own, m))
         if not whole:
             for gmem, x in zip(outputs, (acc, m, l), strict=True):
                 store(gmem.at[b, head, split], x)

@@ -116,6 +116,8 @@ def forward(
         sums = sweep(functools.partial(asynchronous, phi, unified_max), phi)
         again = lax.cond(jnp.any(sums.bad), lambda: sweep(online, nothing), lambda: sums)
         sums = jax.tree.map(functools.partial(_choose, sums.bad), again, sums)._replace(bad=sums.bad)
+        # A row that has seen no key has no maximum, not phi: its sink may be far below.
+        sums = sums._replace(m=jnp.where(sums.l == 0, -jnp.inf, sums.m))
     out, lse = _finish(sums, sink)
     if cache.value_scale is not None:
         out = out * cache.value_scale.astype(dtype)[:, None, None, None]

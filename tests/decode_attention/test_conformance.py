@@ -69,6 +69,18 @@ def test_chunks_of_any_size(shape, config):
     conformance.assert_agrees(call, specified, naively, arguments, gradients=False)
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_sequence_without_keys_has_its_sink(implementation):
+    """However far it is from phi."""
+    arguments = Shape(2, 40, 4, 2, 16, lengths=(0, 40)).make("float32", jax.random.key(0))
+    sink = jnp.asarray([-150.0, 3.0, 0.0, -90.0])
+    out, lse = decode_attention(
+        **arguments, sink=sink, unified_max=UnifiedMax(20.0), return_lse=True, implementation=implementation
+    )
+    np.testing.assert_allclose(lse[0], sink, rtol=1e-6)
+    assert not out[0].any()
+
+
 def test_what_nobody_sees_may_be_anything():
     arguments = SHAPES["dense_203"].make("float32", jax.random.key(2))
     beyond = jnp.arange(203)[None, :, None, None] >= arguments["lengths"][:, None, None, None]
