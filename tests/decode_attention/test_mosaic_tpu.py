@@ -47,7 +47,7 @@ def assert_right(arguments, config=None) -> None:
 @pytest.mark.usefixtures("interpreted")
 class TestMosaicTpu(test_conformance.TestDecodeAttention):
     implementations = ("mosaic_tpu",)
-    slow_dtypes = frozenset({"float32"})
+    slow_dtypes = frozenset({"float32", "bfloat16"})  # the loops below are part of `make test`
     on_gpu = False  # the interpreter's float32 products are those of a CPU
 
     @pytest.mark.slow

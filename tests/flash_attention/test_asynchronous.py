@@ -186,7 +186,9 @@ def test_hopper(name):
 @pytest.mark.parametrize(
     ("shape", "config"),
     [
-        (Shape(1, 130, 200, 2, 2, 128, extras=asynchronous(plain, 3.2)), Sm90Config()),
+        pytest.param(
+            Shape(1, 130, 200, 2, 2, 128, extras=asynchronous(plain, 3.2)), Sm90Config(), marks=pytest.mark.slow
+        ),
         pytest.param(
             Shape(1, 200, 260, 1, 1, 64, extras=asynchronous(causal, 3.2)),
             Sm90Config(3, stages=3),
@@ -206,6 +208,7 @@ def test_hopper_computes_again_what_the_specification_does(shape, config):
     np.testing.assert_allclose(lse, want_lse, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_vmap():
     """In a loop, where the second launch does not work in place."""
     shape = Shape(1, 70, 140, 2, 2, 64, extras=asynchronous(causal, 3.2))

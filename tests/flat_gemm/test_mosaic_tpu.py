@@ -49,7 +49,7 @@ def assert_right(arguments, config=None) -> None:
 class TestMosaicTpu(test_conformance.TestFlatGemm):
     implementations = ("mosaic_tpu",)
     on_gpu = False  # the interpreter's float32 products are those of a CPU
-    slow_dtypes = frozenset({"float32"})
+    slow_dtypes = frozenset({"float32", "bfloat16"})  # the loops below are part of `make test`
 
     def test_shard_map(self, implementation, monkeypatch):
         """The interpreter's own loop does not pass shard_map's check of types; the call's types do, as traced below."""
