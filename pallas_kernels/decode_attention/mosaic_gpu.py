@@ -389,15 +389,16 @@ def _splits(
         if bad_gmem is not None:
             store(bad_gmem.at[b, head, split], bad)
 
+            zero, one = (plgpu.layout_cast(jnp.full((R,), x, jnp.float32), columns) for x in (0.0, 1.0))
+
             def again() -> tuple:
                 start()
-                return attend(None)[:3]
+                return *attend(None)[:3], zero
 
             # Queries that only fill the tile may be out of bounds, too, and do no harm.
-            redo = jnp.max(bad) > 0
-            acc, own, l = lax.cond(redo, again, lambda: (acc, plgpu.layout_cast(jnp.zeros_like(l), columns), l))
+            acc, own, l, kept = lax.cond(jnp.max(bad) > 0, again, lambda: (acc, zero, l, one))
             # What has seen no key has no maximum, not phi: a sink may be far below.
-            m = jnp.where(l == 0, -jnp.inf, jnp.where(redo, own, m))
+            m = jnp.where(l == 0, -jnp.inf, jnp.where(kept > 0, m, own))
         if not whole:
             for gmem, x in zip(outputs, (acc, m, l), strict=True):
                 store(gmem.at[b, head, split], x)
