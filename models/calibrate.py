@@ -41,7 +41,6 @@ from jax import lax
 from tqdm import tqdm
 
 from models.checkpoint import PACKAGED_MODELS, CheckpointError, load_model
-from models.data import DataError, PackedRows, load_documents
 from models.layers import Block, rope_tables
 from models.llama import Llama, LlamaConfig
 from pallas_kernels import UnifiedMax, masks
@@ -127,8 +126,10 @@ class Calibration:
 
     @classmethod
     def beside(cls, checkpoint: str | Path, config: LlamaConfig) -> Calibration | None:
-        """That of a checkpoint's folder; None if it has none. Raises as `load` does."""
-        file = Path(checkpoint) / FILE
+        """That of a checkpoint, where the program writes it; None if there is none. Raises as `load` does."""
+        if _is_packaged(checkpoint):
+            return None
+        file = default_file(str(checkpoint))
         return cls.load(file, config) if file.is_file() else None
 
     @classmethod
@@ -303,20 +304,28 @@ def interval(histogram: np.ndarray, share: float = 0.9999) -> tuple[float, float
 
 def text_rows(data: str, tokenizer: Any, vocab_size: int, tokens: int, length: int) -> list[dict[str, np.ndarray]]:
     """Packed rows of `length` tokens, `tokens` of them in all, spread over the data."""
+    from models.data import PackedRows, load_documents  # Grain, which takes its time, and who generates needs not
+
     rows = PackedRows(load_documents(data, tokenizer, vocab_size=vocab_size), length)
     wanted = min(len(rows), max(1, tokens // length))
     return [rows[i * len(rows) // wanted] for i in range(wanted)]
 
 
+def _is_packaged(checkpoint: str | Path) -> bool:
+    return str(checkpoint) in PACKAGED_MODELS and not Path(checkpoint).exists()
+
+
 def default_file(checkpoint: str) -> Path:
     """Beside the checkpoint; CalibrationError if that is inside an installed package."""
-    if checkpoint in PACKAGED_MODELS and not Path(checkpoint).exists():
+    if _is_packaged(checkpoint):
         raise CalibrationError(f"{checkpoint} is an installed package, which is left alone: say where by --out=FILE")
     path = Path(checkpoint)
     return path / FILE if path.is_dir() else path.with_name(FILE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    from models.data import DataError
+
     parser = argparse.ArgumentParser(prog="python -m models.calibrate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", required=True, help="smollm2, a Hugging Face folder, or a .gguf file")
     parser.add_argument("--data", required=True, help="text: a file, a folder, or kjv or python (models/data.py)")

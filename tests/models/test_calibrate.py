@@ -163,6 +163,8 @@ def test_a_checkpoint_without_one_has_none(calibration, tmp_path):
     assert Calibration.beside(tmp_path / "model.gguf", CONFIG) is None
     calibration.save(tmp_path)
     assert Calibration.beside(tmp_path, CONFIG) == calibration
+    assert Calibration.beside(tmp_path / "model.gguf", CONFIG) == calibration  # beside the file
+    assert Calibration.beside("smollm2", CONFIG) is None
 
 
 def test_a_decoder_with_one_says_the_same(model, calibration):
