@@ -20,6 +20,7 @@ benchmarks/results/<device>_models.csv.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -210,12 +211,13 @@ class _LeastBytes:
     config: LlamaConfig
     dtype: jnp.dtype
 
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """With shapes in place of arrays."""
+        return jax.eval_shape(lambda: random_decoder(self.config, self.dtype))
+
     def __call__(self, batch: int, prompt: int) -> int:
-        abstract = jax.eval_shape(lambda: random_decoder(self.config, self.dtype))
-        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-        if abstract.output is not None:
-            weights -= abstract.embedding.size * self.dtype.itemsize
-        return weights + batch * abstract.attention_bytes(prompt + CHUNK // 2)
+        return self.decoder.weight_bytes + batch * self.decoder.attention_bytes(prompt + CHUNK // 2)
 
 
 def _print(name: str, point: tuple[int, int], step: timing.Timing, least: _LeastBytes) -> None:

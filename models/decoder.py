@@ -131,8 +131,9 @@ class Decoder:
     @property
     def weight_bytes(self) -> int:
         """Bytes that every step reads: all weights, but of an embedding that is not also the output next to none."""
-        total = sum(leaf.nbytes for leaf in jax.tree.leaves(self))
-        return total if self.output is None else total - self.embedding.nbytes
+        output = self.embedding if self.output is None else self.output
+        read = jax.tree.leaves((output, self.final_norm, self.layers))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in read)  # of shapes, too, which have no nbytes
 
     def attention_bytes(self, tokens: int) -> int:
         """Bytes of keys and values that one token reads to attend to `tokens` tokens, itself among them."""
