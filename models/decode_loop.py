@@ -2,7 +2,7 @@
 """What the device does between two looks of the host: the prefill of some rows, or a chunk of decode steps.
 
     prefill: prompts -> cache, first token of each row            decode: while some row is live and steps are left:
-                                                                      logits = step(token), token = draw(logits)
+                                                                      queue: logits = step(token), token = draw(logits)
 
 The prefill and a step are jitted; what they are given besides shapes is data, so that no request compiles anything, but
 for the first that is not greedy. The arrays of a State are donated: the cache is updated in place, and the State passed
@@ -24,7 +24,7 @@ import numpy as np
 from models.cache import KVCache
 from models.decoder import Decoder
 from models.paged_cache import PagedCache
-from models.sampling import request_keys, sample
+from models.sampling import greedy, request_keys, sample
 
 CHUNK = 32  # decode steps between two looks of the host at the tokens, at most
 STREAM_CHUNK = 4  # the same while streaming: few enough to read along
@@ -110,22 +110,26 @@ def decode(
 
 def decode_program(decoder: Decoder, state: State, done, settings: Settings, *, drawable: int) -> functools.partial:
     """One step of `decode`, ready to be compiled or called."""
-    greedy = not np.any(np.asarray(settings.sampling["temperature"]) > 0)
-    return functools.partial(_decode_step, decoder, state, done, settings, drawable=drawable, greedy=greedy)
+    draws = bool(np.any(np.asarray(settings.sampling["temperature"]) > 0))
+    return functools.partial(_decode_step, decoder, state, done, settings, drawable=drawable, draws=draws)
 
 
-@functools.partial(jax.jit, static_argnames=("drawable", "greedy"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("drawable", "draws"), donate_argnames="state")
 def _decode_step(
-    decoder: Decoder, state: State, done: jax.Array, settings: Settings, *, drawable: int, greedy: bool
+    decoder: Decoder, state: State, done: jax.Array, settings: Settings, *, drawable: int, draws: bool
 ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
-    """The new state, which rows are done, the token of each, and whether all rows are done."""
+    """The new state, which rows are done, the token of each, and whether all rows are done.
+
+    `draws`: whether some row is not greedy. Otherwise nothing is asked of the device that the host knows.
+    """
     cache: Any = state.cache
     logits, cache = decoder.step(state.token, cache, live=~done)
-    if greedy:
-        token = jnp.argmax(logits[:, :drawable], axis=-1).astype(jnp.int32)
-    else:
+    logits = logits[:, :drawable]
+    if draws:
         keys = request_keys(settings.seeds, settings.request_ids)
-        token = sample(logits[:, :drawable], keys, state.count, **settings.sampling)
+        token = sample(logits, keys, state.count, **settings.sampling)
+    else:
+        token = greedy(logits)
     count = state.count + 1
     done |= jnp.any(token[:, None] == settings.stop_tokens, axis=-1) | (count >= settings.limits)
     return State(cache, token, count), done, token, jnp.all(done)

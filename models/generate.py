@@ -3,13 +3,13 @@
 
     prompts --encode, pad right--> tokens [B, T] --prefill--> cache L x [B, S, K, H], first token of each row
                                                                 |
-    text <--decode, cut at stops-- tokens [B, CHUNK] <--decode: a loop on the device, cache updated in place
+    text <--decode, cut at stops-- tokens [B, CHUNK] <--decode: steps queued ahead of the device, cache in place
 
-Two programs, the prefill and the loop of decode_loop.py, are compiled once per bucket: the batch B, the padded prompt
+Two programs, the prefill and the step of decode_loop.py, are compiled once per bucket: the batch B, the padded prompt
 length T and the cache size S are rounded up to powers of two. Sampling settings, stop tokens, lengths and the seed are
-data; to change them compiles nothing. The host looks at the tokens once a chunk: it makes text of them,
-streams it, and searches it for stop strings; within a chunk the device ends by itself when every row has met
-a stop token.
+data; to change them compiles nothing, but that a greedy step is a program of its own. The host looks at the tokens once
+a chunk: it makes text of them, streams it, and searches it for stop strings; within a chunk no more steps are queued
+once every row has met a stop token.
 
 `generate` is the short way; `Generator` keeps a model ready and also reports tokens, reasons and timings. Requests that
 come and go are for batcher.py.

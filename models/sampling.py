@@ -125,6 +125,11 @@ def filter_logits(
     return jnp.where(logits >= lowest, logits, -jnp.inf)
 
 
+def greedy(logits: jax.Array) -> jax.Array:
+    """The likeliest token per row: logits [B, V] -> int32 [B]."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
 def sample(
     logits: jax.Array,
     keys: jax.Array,
@@ -143,9 +148,6 @@ def sample(
     Each setting is a scalar or one value per row [B]; `Sampling.arrays()` gives them checked.
     """
     temperature = jnp.asarray(temperature, jnp.float32)
-
-    def greedy(logits: jax.Array) -> jax.Array:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw(logits: jax.Array) -> jax.Array:
         # Below 1e-6 float32 logits leave nothing to chance anyway; 0 is answered by greedy.

@@ -5,6 +5,7 @@ Tests run on the CPU, which JAX is told to present as eight devices, so that mes
 `pytest -m gpu` is the exception: it leaves the platform alone and needs a CUDA device.
 """
 
+import functools
 import os
 import re
 from collections import Counter
@@ -63,6 +64,23 @@ hypothesis.settings.register_profile(
     "build-machine", hypothesis.settings.get_profile("desk"), derandomize=True, database=None
 )
 hypothesis.settings.load_profile("build-machine" if os.environ.get("CI") else "desk")
+
+
+@pytest.fixture
+def on_tpu():
+    """Dispatch believes in a TPU."""
+    from pallas_kernels.core import device
+
+    with device.assume(device.TPU_V5E):
+        yield
+
+
+@pytest.fixture
+def interpreted(on_tpu, monkeypatch):
+    """Kernels for TPUs become XLA programs, grid steps a loop."""
+    from jax.experimental import pallas as pl
+
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pallas_kernels.core.dispatch import Argument, Call, Choice, Implementation
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.flat_gemm import config as config_lib
 from pallas_kernels.flat_gemm import routes
-from pallas_kernels.flat_gemm.reference import ACTIVATIONS
+from pallas_kernels.flat_gemm.reference import ACTIVATIONS, parts_of
 
 OP = "flat_gemm"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -85,7 +85,7 @@ def flat_gemm(
     route = routes.choose(call, device_lib.current())
     choice = dispatch.choose(call, implementation, automatic=route.implementations, why=_why(implementation, route))
     kernel_config = _config(choice, config)
-    O = call.sizes["N"] // 2 if activation == "swiglu" else call.sizes["N"]
+    O = config_lib.outputs(call)
     folded = None if residual is None else residual.reshape(-1, O)
     inputs = _Inputs(x.reshape(-1, x.shape[-1]), w, bias, folded)
     if choice.name == "reference":
@@ -123,7 +123,7 @@ def describe(
     M, N, K = math.prod(x.shape[:-1]), axes["N"], axes["K"]
     if activation == "swiglu" and N % 2:
         raise ValueError(f'{OP}: activation "swiglu" needs gate and up columns, an even number; w has N={N}.')
-    axes["O"], axes.origin["O"] = N // 2 if activation == "swiglu" else N, "w"
+    axes["O"], axes.origin["O"] = N // parts_of(activation), "w"
     arrays = {"x": x, "w": w, "bias": bias, "residual": residual}
     check_dtype(OP, "x", x.dtype, _DTYPES)
     check_same_dtype(OP, {name: array.dtype for name, array in arrays.items() if array is not None})

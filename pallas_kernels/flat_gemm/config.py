@@ -10,6 +10,7 @@ from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call
 from pallas_kernels.core.tpu import LANES, VMEM_BYTES, padded_bytes
 from pallas_kernels.flat_gemm import routes
+from pallas_kernels.flat_gemm.reference import parts_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ class MosaicTpuConfig:
         """On-chip memory of a call: blocks twice (one computes, one is copied), all rows and the sums once."""
         s, dtype, activation = call.sizes, call.arguments[0].dtype, call.option("activation")
         n, k = self.block(s["N"], s["K"], activation)
-        parts = 2 if activation == "swiglu" else 1
+        parts = parts_of(activation)
         weight = padded_bytes(n, k, dtype) if call.option("transpose_w") else padded_bytes(k, n, dtype)
         tiles = parts * (weight + padded_bytes(1, n, dtype)) + 2 * padded_bytes(s["M"], n, dtype)
         return 2 * tiles + padded_bytes(s["M"], s["K"], dtype) + padded_bytes(s["M"], parts * n, "float32")
@@ -143,7 +144,7 @@ def for_route(call: Call, device: Device, route: str) -> Config:
 
 def _vector(call: Call, device: Device) -> VectorConfig:
     """Narrow strips make blocks enough for every weight; what a thread adds up stays in its registers."""
-    sums = call.sizes["M"] * _parts(call)
+    sums = call.sizes["M"] * parts_of(call.option("activation"))
     if device.arch != "sm90":
         return VectorConfig(32, 128 if sums <= 4 else 64, 6)
     if sums == 1 and call.sizes["K"] <= 8192:
@@ -154,7 +155,7 @@ def _vector(call: Call, device: Device) -> VectorConfig:
 def _matrix(call: Call, device: Device) -> MatrixConfig:
     """One block a multiprocessor, with as much in flight as there is room for, or two where there are more strips."""
     s, num_sms = call.sizes, device.num_cores or 132
-    strips, rows, parts = -(-outputs(call) // 64), s["M"] + -s["M"] % 8, _parts(call)
+    strips, rows, parts = -(-outputs(call) // 64), s["M"] + -s["M"] % 8, parts_of(call.option("activation"))
     if device.arch != "sm90":
         return MatrixConfig(64, 128, 3)
     # Half the multiprocessors are too few to draw a long weight in.
@@ -174,12 +175,7 @@ def _stages(room: int, block_k: int, rows: int, parts: int) -> int:
 
 def outputs(call: Call) -> int:
     """O, output features."""
-    return call.sizes["N"] // _parts(call)
-
-
-def _parts(call: Call) -> int:
-    """Gate and up are two."""
-    return 2 if call.option("activation") == "swiglu" else 1
+    return call.sizes["N"] // parts_of(call.option("activation"))
 
 
 def search_space(call: Call, device: Device, implementation: str) -> Iterator[Config]:
@@ -211,7 +207,7 @@ def mosaic_tpu_heuristic(call: Call) -> MosaicTpuConfig:
 
     def nbytes(config: MosaicTpuConfig) -> int:
         n, k = config.block(s["N"], s["K"], activation)
-        return n * k * item * (2 if activation == "swiglu" else 1)
+        return n * k * item * parts_of(activation)
 
     fitting = list(_mosaic_tpu_space(call)) or [MosaicTpuConfig(LANES, LANES)]
     return min(fitting, key=lambda config: (abs(nbytes(config) - wanted), -config.block_k))

@@ -33,6 +33,7 @@ from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, store, swizzle_bytes, tile_memory
 from pallas_kernels.flat_gemm.config import MatrixConfig, VectorConfig, outputs
+from pallas_kernels.flat_gemm.reference import parts_of
 from pallas_kernels.flat_gemm.routes import ARCHS, MOST_ROWS, MOST_VECTOR_ROWS
 
 Ref = Any
@@ -85,7 +86,7 @@ def forward(
         if not (hopper and M < 8):
             more = ((0, -M % multiple), (0, 0))
             x, residual = jnp.pad(x, more), None if residual is None else jnp.pad(residual, more)
-    parts = 2 if activation == "swiglu" else 1  # gate and up
+    parts = parts_of(activation)
     if bias is not None:
         bias = bias.reshape(parts, -1)
         bias = jnp.pad(bias, ((0, 0), (0, -bias.shape[1] % config.block_n)))

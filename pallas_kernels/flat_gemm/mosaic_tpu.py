@@ -23,7 +23,7 @@ from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.tpu import LANES, VMEM_BYTES, dot
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.flat_gemm.config import MosaicTpuConfig, mosaic_tpu_heuristic
-from pallas_kernels.flat_gemm.reference import epilogue, scale_of_rows
+from pallas_kernels.flat_gemm.reference import epilogue, parts_of, scale_of_rows
 from pallas_kernels.flat_gemm.routes import MOST_ROWS
 
 
@@ -61,7 +61,7 @@ def forward(
 ) -> jax.Array:
     """As `xla.forward`."""
     (M, K), N = x.shape, w.shape[0 if transpose_w else 1]
-    parts = 2 if activation == "swiglu" else 1
+    parts = parts_of(activation)
     O = N // parts
     block_n, block_k = config.block(O * parts, K, activation)
     columns, steps = pl.cdiv(O, block_n), K // block_k

@@ -41,6 +41,11 @@ ACTIVATIONS: Mapping[str | None, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def parts_of(activation: str | None) -> int:
+    """How many columns of the weight make one of the output: a gate and what it lets through are two."""
+    return 2 if activation == "swiglu" else 1
+
+
 def gemm(
     x: jax.Array,
     w: jax.Array,

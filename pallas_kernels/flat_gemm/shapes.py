@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.flat_gemm.reference import parts_of
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -51,7 +53,7 @@ class Shape:
 
     def abstract(self, dtype) -> dict[str, Any]:
         """The same call with shapes in place of arrays: for `explain` and ahead-of-time compiling."""
-        O = self.N // 2 if self.activation == "swiglu" else self.N
+        O = self.N // parts_of(self.activation)
         shapes = {
             "x": (*self.leading, self.M, self.K),
             "w": (self.N, self.K) if self.transpose_w else (self.K, self.N),

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import UnifiedMax, UnsupportedError, decode_attention
@@ -21,19 +20,6 @@ from pallas_kernels.decode_attention.reference import naively, specified, visibl
 from pallas_kernels.decode_attention.shapes import SHAPES, Shape
 from tests import conformance, interpreters
 from tests.decode_attention import test_conformance
-
-
-@pytest.fixture
-def on_tpu():
-    """Dispatch believes in a TPU."""
-    with device.assume(device.TPU_V5E):
-        yield
-
-
-@pytest.fixture
-def interpreted(on_tpu, monkeypatch):
-    """Kernels become XLA programs, grid steps a loop."""
-    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
 
 
 def call(arguments, config=None, **options):

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
 from pallas_kernels import flash_attention, masks
 from pallas_kernels.core import device
@@ -26,19 +25,6 @@ from tests.flash_attention import test_conformance
 ONE_LEVEL = MosaicTpuConfig(block_q=128, block_k_major=128, block_k=128, block_rows=128, mask="window")
 TWO_LEVELS = MosaicTpuConfig(block_q=128, block_k_major=256, block_k=128, block_rows=32, mask="window")
 COMPARING = MosaicTpuConfig(block_q=128, block_k_major=256, block_k=256, block_rows=64, mask="iota")
-
-
-@pytest.fixture
-def on_tpu():
-    """Dispatch believes in a TPU."""
-    with device.assume(device.TPU_V5E):
-        yield
-
-
-@pytest.fixture
-def interpreted(on_tpu, monkeypatch):
-    """Kernels become XLA programs, grid steps a loop."""
-    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
 
 
 def attend(arguments, config=None):

@@ -8,7 +8,6 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import pallas as pl
 
 from pallas_kernels import explain, flat_gemm
 from pallas_kernels.core import device
@@ -21,19 +20,6 @@ from pallas_kernels.flat_gemm.reference import naively, specified
 from pallas_kernels.flat_gemm.shapes import SHAPES, Shape
 from tests import conformance, interpreters
 from tests.flat_gemm import test_conformance
-
-
-@pytest.fixture
-def on_tpu():
-    """Dispatch believes in a TPU."""
-    with device.assume(device.TPU_V5E):
-        yield
-
-
-@pytest.fixture
-def interpreted(on_tpu, monkeypatch):
-    """Kernels become XLA programs, grid steps a loop."""
-    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
 
 
 def assert_right(arguments, config=None) -> None:

@@ -1,11 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random models without the seconds that compiling an initializer takes."""
+"""Small models: what has as many tokens, layers and heads as it takes, and random weights without the seconds that
+compiling an initializer takes."""
+
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from models import Llama, LlamaConfig
+from models.layers import RopeScaling
+
+SMALLEST = LlamaConfig(
+    vocab_size=61,
+    d_model=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    d_ff=40,
+    max_positions=64,
+    rope_scaling=RopeScaling("yarn", 2.0, original_max_positions=16),
+)
+VARIANTS = {
+    "window": dataclasses.replace(SMALLEST, sliding_window=5, tie_embeddings=True),
+    "qwen": dataclasses.replace(SMALLEST, qk_norm=True, attention_bias=True, attention_output_bias=True),
+}
 
 
 def random_model(config: LlamaConfig, *, scale: float = 1.0, **options) -> Llama:

@@ -13,26 +13,8 @@ import pytest
 from flax import nnx
 
 from models import Decoder, Generator, KVCache, Llama, LlamaConfig, Tokenizer
-from models.layers import RopeScaling
 from pallas_kernels import explain
-from tests.models.random_model import random_model
-
-SMALLEST = LlamaConfig(
-    vocab_size=61,
-    d_model=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    d_ff=40,
-    max_positions=64,
-    rope_scaling=RopeScaling("yarn", 2.0, original_max_positions=16),
-)
-VARIANTS = {
-    "window": dataclasses.replace(SMALLEST, sliding_window=5, tie_embeddings=True),
-    "qwen": dataclasses.replace(SMALLEST, qk_norm=True, attention_bias=True, attention_output_bias=True),
-}
-
+from tests.models.random_model import SMALLEST, VARIANTS, random_model
 
 build = functools.cache(random_model)
 

@@ -15,22 +15,7 @@ from flax import nnx
 from models import PRESETS, Llama, LlamaConfig, preset
 from models.layers import RopeScaling, rope_frequencies
 from models.llama import REMAT_POLICIES
-
-SMALLEST = LlamaConfig(
-    vocab_size=61,
-    d_model=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    d_ff=40,
-    max_positions=64,
-    rope_scaling=RopeScaling("yarn", 2.0, original_max_positions=16),
-)
-VARIANTS = {
-    "window": dataclasses.replace(SMALLEST, sliding_window=5, tie_embeddings=True),
-    "qwen": dataclasses.replace(SMALLEST, qk_norm=True, attention_bias=True, attention_output_bias=True),
-}
+from tests.models.random_model import SMALLEST, VARIANTS
 
 
 @functools.cache
