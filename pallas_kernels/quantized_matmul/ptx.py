@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`lanes.py` in instructions for the warps of a warpgroup, and where their registers come from.
+
+A warpgroup holds tiles of 64 outputs, 16 a warp. Layouts, thread 4 g + c of each warp:
+
+    WORDS [64, 16]    outputs g, g + 8 of its warp; words 4 c ... 4 c + 3: 16 adjacent bytes
+    STATS [64, 4]     the same outputs; word c
+    STEPS [4, 16]     an output block a warp; strips 4 c ... 4 c + 3
+    rows_layout       x [8 m, 4 w]: row g; w / 4 adjacent inputs at c w / 4, of each of 4 stretches of w
+    SUMS  [64, 8 m]   accumulators of mma.m16n8k16
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl  # noqa: F401  (registers the lowering rules)
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels.quantized_matmul import lanes
+
+Ref = Any
+Value = Any
+
+
+def _tiled(tiling: Sequence[tuple[int, ...]], warps: tuple, lanes_: tuple) -> Any:
+    """A layout whose last axis is a thread's vector."""
+    layout: Any = mgpu.TiledLayout(
+        mgpu.fragmented_array.Tiling(tuple(tiling)), warp_dims=warps, lane_dims=lanes_, vector_dim=-1, _check_canonical=False
+    ).canonicalize()
+    tiled: Any = plgpu.Layout.TILED
+    return tiled(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+_EVERY_WARP, _EVERY_GROUP = mgpu.fragmented_array.Replicated(4), mgpu.fragmented_array.Replicated(8)
+WORDS = plgpu.Layout.WGMMA_8BIT
+STATS = _tiled(((64, 4), (16, 4), (8, 4), (1,)), (-7,), (-3, -2))
+STEPS = _tiled(((4, 16), (1, 16), (4,)), (-5,), (_EVERY_GROUP, -2))
+SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)
+
+
+@functools.cache
+def rows_layout(width: int) -> Any:
+    """Of rows of x, of which each thread of a quad brings `width` adjacent inputs at a time: 4, 8 or 16."""
+    vector = min(8, width)  # 16 bytes
+    return _tiled(((8, 4 * width), (8, width), (vector,)), (_EVERY_WARP,), (-3, -4))
+
+
+def strips(
+    sums: list[jax.Array], words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array
+) -> list[jax.Array]:
+    """Adds a chunk of strips to sums [64, 8 m] of each factor: `lanes.strips` of every thread. words [64, 16], stats
+    [64, 4], steps [4, 16], x [8 m, 256] in `rows_layout(16)`."""
+
+    def quantized_strips(_, sums, words, stats, steps, x):
+        do = _Ptx()
+        parts = [_sums_of(s) for s in sums]
+        steps = [_words_of(r) for r in steps.registers.flat][0]
+        stats = [_words_of(r)[0] for r in stats.registers.flat]
+        parts = lanes.strips(do, parts, [_words_of(r) for r in words.registers.flat], stats, steps, _rows_of(x))
+        return [_with_sums(s, part) for s, part in zip(sums, parts, strict=True)]
+
+    arguments = ([SUMS] * len(sums), WORDS, STATS, STEPS, rows_layout(16))
+    inline: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=[_like(s) for s in sums])
+    return inline(quantized_strips)(sums, words, stats, steps, x)
+
+
+def integers(total: jax.Array, words: jax.Array, x: jax.Array, bits: int) -> jax.Array:
+    """Adds a chunk of codes to a sum [64, 8 m]: `lanes.integers` of every thread. words [64, 16], x [8 m, 16 * 32 / bits]
+    in `rows_layout(32 / bits)`."""
+
+    def quantized_integers(_, total, words, x):
+        part = lanes.integers(_Ptx(), _sums_of(total), [_words_of(r) for r in words.registers.flat], _rows_of(x), bits)
+        return _with_sums(total, part)
+
+    arguments = (SUMS, WORDS, rows_layout(32 // bits))
+    inline: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=_like(total))
+    return inline(quantized_integers)(total, words, x)
+
+
+def gathered(x: Ref, strips: Ref, chunk: Any, rows: int) -> jax.Array:
+    """Inputs of a chunk of strips anywhere in x [M, K], both in global memory: [rows, 256] in `rows_layout(16)`. Rows
+    that x does not have are copies of its last."""
+
+    def quantized_gather(_, x, strips, chunk):
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        pitch, layout, bf16 = ir.MemRefType(x.type).shape[1], rows_layout(16).to_mgpu(), ir.BF16Type.get()
+        base, table = (llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in (x, strips))
+        lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(32, i32))
+        g, c = arith.divui(lane, mgpu.c(4, i32)), arith.remui(lane, mgpu.c(4, i32))
+        at = arith.addi(arith.muli(chunk.registers[()], mgpu.c(16, i32)), c)
+
+        def load(code, constraint, type_, base, offset, *immediate):
+            address = arith.addi(base, arith.extui(i64, offset))
+            return llvm.inline_asm(type_, [address], code, constraint, has_side_effects=True)
+
+        number = [
+            load("ld.global.nc.u32 $0, [$1];", "=r,l", i32, table, arith.muli(mgpu.c(4, i32), arith.addi(at, mgpu.c(4 * j, i32))))
+            for j in range(4)
+        ]
+        registers = np.empty(layout.registers_shape((rows, 256)), object)
+        four = llvm.StructType.get_literal([i32] * 4)
+        for tile in range(rows // 8):
+            row = arith.minsi(arith.addi(g, mgpu.c(8 * tile, i32)), mgpu.c(ir.MemRefType(x.type).shape[0] - 1, i32))
+            start = arith.muli(row, mgpu.c(2 * pitch, i32))
+            for j, half in itertools.product(range(4), range(2)):
+                offset = arith.addi(start, arith.muli(number[j], mgpu.c(32, i32)))
+                offset = arith.addi(offset, mgpu.c(16 * half, i32))
+                code = "ld.global.nc.v4.u32 {$0, $1, $2, $3}, [$4];"
+                loaded = load(code, "=r,=r,=r,=r,l", four, base, offset)
+                words = [llvm.extractvalue(i32, loaded, [i]) for i in range(4)]
+                registers[tile, j, 0, 0, 0, half, 0] = _vector(words, ir.VectorType.get((8,), bf16))
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    result = plgpu.ShapeDtypeStruct((rows, 256), jnp.bfloat16, layout=rows_layout(16))
+    types = (plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT)
+    inline: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)
+    return inline(quantized_gather)(x, strips, jnp.asarray(chunk, jnp.int32))
+
+
+class _Ptx(lanes.Instructions):
+    """The instructions of a thread. Registers are i32 values."""
+
+    def bits(self, word: Value, shift: int, mask: int, base: int) -> Value:
+        moved = arith.shrui(word, _constant(shift)) if shift else word
+        # (a & b) | c in one instruction, which takes one constant; the compiler, left alone, makes it two.
+        code = "lop3.b32 $0, $1, $2, $3, 0xEA;"
+        operands = [moved, _constant(mask), _constant(base)]
+        return llvm.inline_asm(_i32(), operands, code, "=r,r,n,r", has_side_effects=False)
+
+    def fma(self, a: Value, b: Value | int, c: Value | int) -> Value:
+        operands = [x if isinstance(x, ir.Value) else _constant(x) for x in (a, b, c)]
+        code = "fma.rn.bf16x2 $0, $1, $2, $3;"  # sm_80 has no other arithmetic of bfloat16
+        return llvm.inline_asm(_i32(), operands, code, "=r,r,r,r", has_side_effects=False)
+
+    def both(self, word: Value, half: int) -> Value:
+        code = f"prmt.b32 $0, $1, $1, {0x3232 if half else 0x1010};"
+        return llvm.inline_asm(_i32(), [word], code, "=r,r", has_side_effects=False)
+
+    def mma(self, sums: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Value]:
+        f32 = ir.F32Type.get()
+        code = (
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+        )
+        constraints = ",".join(["=f"] * 4 + ["r"] * 6 + ["f"] * 4)
+        result = llvm.inline_asm(
+            llvm.StructType.get_literal([f32] * 4), [*a, *b, *sums], code, constraints, has_side_effects=False
+        )
+        return [llvm.extractvalue(f32, result, [i]) for i in range(4)]
+
+
+def _i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def _constant(x: int) -> Value:
+    # Signless 32 bits: what is 2^31 or more is given as the negative number with the same bits.
+    return mgpu.c(x - 2**32 if x >= 2**31 else x, _i32())
+
+
+def _words_of(register: Value) -> list[Value]:
+    """The 32-bit words of a register of the array: a vector of some type."""
+    size = mgpu.utils.bitwidth(register.type) // 32
+    as_words = vector.bitcast(ir.VectorType.get((size,), _i32()), register)
+    return [llvm.extractelement(as_words, _constant(i)) for i in range(size)]
+
+
+def _vector(words: Sequence[Value], type_: ir.Type) -> Value:
+    x = llvm.mlir_undef(ir.VectorType.get((len(words),), words[0].type))
+    for i, word in enumerate(words):
+        x = llvm.insertelement(x, word, _constant(i))
+    return x if x.type == type_ else vector.bitcast(type_, x)
+
+
+def _rows_of(x: mgpu.FragmentedArray) -> list[list[list[Value]]]:
+    """[tile][stretch][pair of inputs]."""
+    tiles, stretches = x.registers.shape[:2]
+    return [
+        [[w for register in x.registers[tile, j].flat for w in _words_of(register)] for j in range(stretches)]
+        for tile in range(tiles)
+    ]
+
+
+def _sums_of(x: mgpu.FragmentedArray) -> list[list[Value]]:
+    """[tile of 8 rows][4]."""
+    pairs = x.registers.reshape(-1, 2)  # outputs g and g + 8
+    return [[llvm.extractelement(r, _constant(i)) for r in pair for i in range(2)] for pair in pairs]
+
+
+def _with_sums(x: mgpu.FragmentedArray, sums: list[list[Value]]) -> mgpu.FragmentedArray:
+    vectors = [_vector(tile[i : i + 2], x.registers.flat[0].type) for tile in sums for i in (0, 2)]
+    registers = np.empty(len(vectors), object)
+    registers[:] = vectors
+    return mgpu.FragmentedArray(_registers=registers.reshape(x.registers.shape), _layout=x.layout, _is_signed=None)
+
+
+def _like(total: jax.Array) -> Any:
+    return plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=SUMS)
