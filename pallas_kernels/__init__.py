@@ -8,9 +8,13 @@ from pallas_kernels.core.softmax import SoftmaxStats, UnifiedMax
 from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.flat_gemm.api import flat_gemm
+from pallas_kernels.quantized_matmul.api import quantized_matmul
+from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight
 
 __all__ = [
     "DecodeStats",
+    "IntWeight",
+    "MixedBitWeight",
     "SoftmaxStats",
     "UnifiedMax",
     "UnsupportedError",
@@ -19,6 +23,7 @@ __all__ = [
     "flash_attention",
     "flat_gemm",
     "masks",
+    "quantized_matmul",
 ]
 __version__ = "0.1.0"
 

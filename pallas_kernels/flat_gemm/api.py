@@ -4,22 +4,21 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from pallas_kernels.core import device as device_lib
 from pallas_kernels.core import dispatch, tuning
+from pallas_kernels.core.activations import Activation, check_activation, parts_of
 from pallas_kernels.core.check import Axes, check_dtype, check_number, check_same_dtype
 from pallas_kernels.core.dispatch import Argument, Call, Choice, Implementation
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.flat_gemm import config as config_lib
 from pallas_kernels.flat_gemm import routes
-from pallas_kernels.flat_gemm.reference import ACTIVATIONS, parts_of
 
 OP = "flat_gemm"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-Activation = Literal["silu", "gelu", "swiglu"]
 
 
 def flat_gemm(
@@ -117,12 +116,8 @@ def describe(
     weight_letters = "N K" if transpose_w else "K N"
     axes.bind("w", w.shape, weight_letters)
     axes.check_not_empty()
-    if activation not in ACTIVATIONS:
-        known = ", ".join(f'"{name}"' for name in ACTIVATIONS if name)
-        raise ValueError(f"{OP}: activation must be one of {known} or None, got {activation!r}.")
     M, N, K = math.prod(x.shape[:-1]), axes["N"], axes["K"]
-    if activation == "swiglu" and N % 2:
-        raise ValueError(f'{OP}: activation "swiglu" needs gate and up columns, an even number; w has N={N}.')
+    check_activation(OP, activation, N, "w")
     axes["O"], axes.origin["O"] = N // parts_of(activation), "w"
     arrays = {"x": x, "w": w, "bias": bias, "residual": residual}
     check_dtype(OP, "x", x.dtype, _DTYPES)

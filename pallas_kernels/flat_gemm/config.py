@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
+from pallas_kernels.core.activations import parts_of
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call
 from pallas_kernels.core.tpu import LANES, VMEM_BYTES, padded_bytes
 from pallas_kernels.flat_gemm import routes
-from pallas_kernels.flat_gemm.reference import parts_of
 
 
 @dataclasses.dataclass(frozen=True)

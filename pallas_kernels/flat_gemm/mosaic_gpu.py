@@ -29,11 +29,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import cluster
+from pallas_kernels.core.activations import parts_of
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, store, swizzle_bytes, tile_memory
 from pallas_kernels.flat_gemm.config import MatrixConfig, VectorConfig, outputs
-from pallas_kernels.flat_gemm.reference import parts_of
 from pallas_kernels.flat_gemm.routes import ARCHS, MOST_ROWS, MOST_VECTOR_ROWS
 
 Ref = Any

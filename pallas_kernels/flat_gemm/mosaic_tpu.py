@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.core.activations import parts_of
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.tpu import LANES, VMEM_BYTES, dot
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.flat_gemm.config import MosaicTpuConfig, mosaic_tpu_heuristic
-from pallas_kernels.flat_gemm.reference import epilogue, parts_of, scale_of_rows
+from pallas_kernels.flat_gemm.reference import epilogue, scale_of_rows
 from pallas_kernels.flat_gemm.routes import MOST_ROWS
 
 

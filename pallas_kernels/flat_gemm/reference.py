@@ -6,44 +6,23 @@
 
 With `rms_norm_eps`, x[m, k] / sqrt(mean_k x[m, k]^2 + eps) takes the place of x.
 
-    silu(z) = z / (1 + exp(-z))       gelu(z) = z / 2 * (1 + tanh(sqrt(2 / pi) * (z + 0.044715 z^3)))
-    swiglu(z)[m, o] = silu(z[m, o]) * z[m, N / 2 + o]          N / 2 columns remain of N
+Activations are those of core/activations.py; after swiglu N / 2 columns remain of N.
 
 `naively` is the unfused way in the precision of the input: its error is what core/tolerance.py calls normal.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.core.activations import ACTIVATIONS
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
     return None  # everything; "auto" never asks
-
-
-def swiglu(z: jax.Array) -> jax.Array:
-    """The first half of the columns are gates, the second what they let through."""
-    gate, up = jnp.split(z, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
-# Activations by name. All but swiglu keep the columns.
-ACTIVATIONS: Mapping[str | None, Callable[[jax.Array], jax.Array]] = {
-    None: lambda z: z,
-    "silu": jax.nn.silu,
-    "gelu": lambda z: jax.nn.gelu(z, approximate=True),
-    "swiglu": swiglu,
-}
-
-
-def parts_of(activation: str | None) -> int:
-    """How many columns of the weight make one of the output: a gate and what it lets through are two."""
-    return 2 if activation == "swiglu" else 1
 
 
 def gemm(

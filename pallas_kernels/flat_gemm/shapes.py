@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.flat_gemm.reference import parts_of
+from pallas_kernels.core.activations import parts_of
 
 
 @dataclasses.dataclass(frozen=True)

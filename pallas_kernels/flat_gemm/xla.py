@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.core.activations import ACTIVATIONS
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
-from pallas_kernels.flat_gemm.reference import ACTIVATIONS, epilogue, scale_of_rows
+from pallas_kernels.flat_gemm.reference import epilogue, scale_of_rows
 
 
 def supports(call: Call, device: Device) -> Refusal | None:

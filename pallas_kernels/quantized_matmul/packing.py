@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small integers in words of 32 bits, and the order of words in memory.
+
+A word holds n = 32 / b values of b bits. Even values lie in its low half, odd ones in its high half, so that one mask
+leaves a pair of neighbors in the two halves of a register:
+
+    b = 2     bit  31 ...  20   18   16 | 15 ...  4    2    0         value v at bits 16 (v % 2) + b (v // 2)
+              v     15 ...  5    3    1 | 14 ...  4    2    0
+
+Words along an axis are stored in chunks of 16, each transposed as a matrix of 4 x 4: position 4 c + j of a chunk holds
+word 4 j + c. Thread c of the four that share a row in a tensor core's operand then reads its 4 words, j = 0 ... 3, as
+16 adjacent bytes, while in each step the four threads read adjacent inputs.
+
+    position   0  1  2  3 | 4  5  6  7 | 8  9 10 11 | 12 13 14 15
+    word       0  4  8 12 | 1  5  9 13 | 2  6 10 14 | 3  7 11 15
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+CHUNK = 16  # words
+ROWS = 16  # outputs are padded to a multiple of it
+BITS = (2, 4, 8)
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not below n."""
+    return n + -n % multiple
+
+
+def shifts(bits: int) -> np.ndarray:
+    """Where the values of a word begin, uint32 [32 / bits].
+
+    >>> shifts(4).tolist()
+    [0, 16, 4, 20, 8, 24, 12, 28]
+    """
+    v = np.arange(32 // bits, dtype=np.uint32)
+    return 16 * (v % 2) + bits * (v // 2)
+
+
+def to_words(values: jax.Array, bits: int) -> jax.Array:
+    """uint32 [...] of values [..., 32 / bits], each below 2^bits."""
+    return jnp.sum(jnp.asarray(values, jnp.uint32) << shifts(bits), axis=-1, dtype=jnp.uint32)
+
+
+def from_words(words: jax.Array, bits: int) -> jax.Array:
+    """uint32 [..., 32 / bits], the values of words [...]."""
+    return (words[..., None] >> shifts(bits)) & np.uint32(2**bits - 1)
+
+
+def reorder(words: jax.Array) -> jax.Array:
+    """Along the last axis from the order of inputs to that of memory, and back: it is its own inverse.
+
+    >>> reorder(np.arange(16)).tolist()
+    [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15]
+    """
+    return words.reshape(*words.shape[:-1], -1, 4, 4).swapaxes(-1, -2).reshape(words.shape)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def pack(codes: jax.Array, bits: int) -> jax.Array:
+    """Words uint32 [N', W'] of codes [N, K], each below 2^bits; N' and W' are multiples of 16, and padding is 0."""
+    N, K = codes.shape
+    n = 32 // bits
+    codes = jnp.pad(codes, ((0, -N % ROWS), (0, -K % (CHUNK * n))))
+    return reorder(to_words(codes.reshape(len(codes), -1, n), bits))
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "K"))
+def unpack(words: jax.Array, bits: int, K: int) -> jax.Array:
+    """Codes uint8 [N', K] of words [N', W']: what `pack` made them of, padding rows included."""
+    return from_words(reorder(words), bits).reshape(len(words), -1)[:, :K].astype(jnp.uint8)
+
+
+def pack_stats(scale_codes: jax.Array, zeros: jax.Array) -> jax.Array:
+    """uint32 [N', S / 4] of scale codes and zeros [N', S], both of up to 4 bits and in the order of inputs; S is a
+    multiple of 16.
+
+    Word c of a chunk describes the four strips at positions 4 c ... 4 c + 3 of the chunk, which are strips 4 j + c. It
+    is a word of 4-bit values: their four scale codes, then their four zeros.
+    """
+    by_thread = [reorder(array).reshape(len(array), -1, 4) for array in (scale_codes, zeros)]
+    return to_words(jnp.concatenate(by_thread, axis=-1), 4)
+
+
+def unpack_stats(stats: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scale codes and zeros, uint32 [N', S] in the order of inputs."""
+    both = from_words(stats, 4)
+    scale_codes, zeros = (reorder(part.reshape(len(stats), -1)) for part in (both[..., :4], both[..., 4:]))
+    return scale_codes, zeros
