@@ -212,5 +212,5 @@ def shuffled(arrays: Sequence[jax.Array], seed: int) -> list[jax.Array]:
     """The same entries of each floating array in another order: another draw of the same distribution."""
     random = np.random.default_rng(seed)
     return [
-        jnp.asarray(random.permutation(np.asarray(x).ravel()).reshape(x.shape)) if is_floating(x) else x for x in arrays
+        jnp.asarray(random.permutation(np.array(x).ravel()).reshape(x.shape)) if is_floating(x) else x for x in arrays
     ]

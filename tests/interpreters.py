@@ -15,7 +15,8 @@ import functools
 import inspect
 import io
 import threading
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from unittest import mock
 
 import jax
@@ -28,8 +29,11 @@ class RaceDetected(AssertionError):
 
 
 @contextlib.contextmanager
-def mosaic_gpu(**options) -> Iterator[None]:
+def mosaic_gpu(stand_ins: Mapping[str, Callable] = types.MappingProxyType({}), **options) -> Iterator[None]:
     """Kernels built inside run in the Mosaic GPU interpreter; `options` are InterpretGPUParams' own.
+
+    `stand_ins` say what functions of inline instructions mean, by name: of the equation and arrays, of references what
+    lies there, a list of arrays.
 
     Several simulated CPU devices are needed (tests/conftest.py): with one, threads that wait at barriers can take all
     of XLA's.
@@ -43,7 +47,7 @@ def mosaic_gpu(**options) -> Iterator[None]:
     with (
         _watching(gpu_callbacks.reset_gpu_interpret_mode_state),
         plgpu.force_gpu_interpret_mode(params),
-        _MosaicGpuRules().installed(),
+        _MosaicGpuRules({**_STAND_INS, **stand_ins}).installed(),
     ):
         yield
 
@@ -80,7 +84,7 @@ def _watching(reset) -> Iterator[None]:
 class _MosaicGpuRules:
     """Rules for what JAX's interpreter has none for. All of it is private to JAX: nothing is exported to extend it."""
 
-    def __init__(self):
+    def __init__(self, stand_ins: Mapping[str, Callable]):
         from jax._src import core as jax_core
         from jax._src.pallas.mosaic_gpu import core as gpu_core
         from jax._src.pallas.mosaic_gpu import primitives
@@ -93,6 +97,7 @@ class _MosaicGpuRules:
         from jax._src.state import discharge
         from jax._src.state import types as state_types
 
+        self.stand_ins = stand_ins
         self.core, self.callbacks, self.memory, self.state = jax_core, gpu_callbacks, shared_memory, state_types
         self.races = race_detection_state.GPURaceDetectionState
         self.primitives, self.registers = primitives, gpu_core.MemorySpace.REGS
@@ -141,7 +146,7 @@ class _MosaicGpuRules:
         if eqn.primitive is self.primitives.wgmma_ref_p:
             return not isinstance(eqn.invars[1].aval, self.state.AbstractRef)
         if eqn.primitive is self.primitives.inline_mgpu_p:
-            return eqn.params["mgpu_fn"].__name__ in ("bar_op", *self.waits, *_STAND_INS)
+            return eqn.params["mgpu_fn"].__name__ in ("bar_op", *self.waits, *self.stand_ins)
         return eqn.primitive in self.rules
 
     def run_state(self, interpreter, eqn, token, values):
@@ -193,7 +198,11 @@ class _MosaicGpuRules:
         if function.__name__ in self.waits:
             return self.call(interpreter, eqn, token, self.waits[function.__name__]), []
         if function.__name__ != "bar_op":
-            return token, _STAND_INS[function.__name__](eqn, *values)
+            values = list(values)
+            for i, atom in enumerate(eqn.invars[: len(values)]):
+                if isinstance(atom.aval, self.state.AbstractRef):
+                    token, values[i] = self.get(interpreter, eqn, token, values[i], atom.aval)
+            return token, self.stand_ins[function.__name__](eqn, *values)
         closure = inspect.getclosurevars(function).nonlocals
         token = self.callbacks.call_named_barrier(
             token,
@@ -226,6 +235,17 @@ class _MosaicGpuRules:
         read = functools.partial(self.callbacks.wgmma_accumulator_deref, wait_n=0)
         shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
         return self.call(interpreter, eqn, token, read, shape, acc_allocation_key_as_array=key)
+
+    def get(self, interpreter, eqn, token, key, aval):
+        return self.callbacks.call_get(
+            token=token,
+            result_shape_and_dtype=jax.ShapeDtypeStruct(aval.shape, aval.dtype),
+            mesh_location=interpreter.mesh_location,
+            thread=interpreter.thread,
+            allocation_key_as_array=key,
+            transforms=(),
+            source_info=eqn.source_info,
+        )
 
     def free(self, interpreter, eqn, token, key):
         return self.callbacks.call_deallocate_buffer(

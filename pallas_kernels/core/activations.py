@@ -5,6 +5,7 @@ silu(z) = z / (1 + exp(-z))       gelu(z) = z / 2 * (1 + tanh(sqrt(2 / pi) * (z 
 swiglu(z)[m, o] = silu(z[m, o]) * z[m, N / 2 + o]          N / 2 columns remain of N
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -32,6 +33,22 @@ ACTIVATIONS: Mapping[str | None, Callable[[jax.Array], jax.Array]] = {
 def parts_of(activation: str | None) -> int:
     """How many columns of the weight make one of the output: a gate and what it lets through are two."""
     return 2 if activation == "swiglu" else 1
+
+
+def activate_parts(z: list[jax.Array], activation: str | None) -> jax.Array:
+    """The same in a kernel, of the parts of a tile: a sigmoid takes one exponential, and the hardware's tanh has 11 bits
+    only."""
+    match activation:
+        case None:
+            return z[0]
+        case "silu":
+            return z[0] / (1 + jnp.exp(-z[0]))
+        case "gelu":  # tanh(y) = 2 sigmoid(2 y) - 1
+            return z[0] / (1 + jnp.exp(-2 * math.sqrt(2 / math.pi) * (z[0] + 0.044715 * z[0] * z[0] * z[0])))
+        case "swiglu":
+            return z[0] / (1 + jnp.exp(-z[0])) * z[1]
+        case _:
+            raise ValueError(f"unknown activation {activation!r}.")
 
 
 def check_activation(op: str, activation: str | None, N: int, weight: str) -> None:

@@ -18,7 +18,6 @@ Source: Hong et al., "FlashDecoding++", 2023, sections 4 and 5.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import cluster
-from pallas_kernels.core.activations import parts_of
+from pallas_kernels.core.activations import activate_parts, parts_of
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, store, swizzle_bytes, tile_memory
@@ -274,21 +273,6 @@ class _Wgmma(_Route):
 # --- The kernel ----------------------------------------------------------------------------------------------
 
 
-def _activate(z: list[jax.Array], activation: str | None) -> jax.Array:
-    """Of the parts of a tile; a sigmoid takes one exponential, and the hardware's tanh has 11 bits only."""
-    match activation:
-        case None:
-            return z[0]
-        case "silu":
-            return z[0] / (1 + jnp.exp(-z[0]))
-        case "gelu":  # tanh(y) = 2 sigmoid(2 y) - 1
-            return z[0] / (1 + jnp.exp(-2 * math.sqrt(2 / math.pi) * (z[0] + 0.044715 * z[0] * z[0] * z[0])))
-        case "swiglu":
-            return z[0] / (1 + jnp.exp(-z[0])) * z[1]
-        case _:
-            raise ValueError(f"flat_gemm: unknown activation {activation!r}.")
-
-
 def _strips(
     at: _Route,
     x: jax.Array,
@@ -362,7 +346,7 @@ def _strips(
                     z = [y * at.scale(squares, K, i) for y in z]
                 if bias is not None:
                     z = [y + at.bias(option["bias"].at[p], n, i).astype(jnp.float32) for p, y in enumerate(z)]
-                y = _activate(list(z), activation)
+                y = activate_parts(list(z), activation)
                 if turned:
                     store(out_gmem.at[pl.ds(n + WIDE * i, WIDE)], y)
                     continue

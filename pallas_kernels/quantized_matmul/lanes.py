@@ -25,13 +25,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pallas_kernels.quantized_matmul.packing import FIELDS
+
 Word = Any  # 32 bits: an integer, or two bfloat16
 
 ONE, MINUS_ONE = 0x3F803F80, 0xBF80BF80
 BASE, MINUS_BASE = 0x43004300, 0xC300C300  # 128: its mantissa counts ones
-# The field of a word that pair p of its inputs has, and the i of the 4^i that it is worth where it is read: two pairs that
-# one instruction takes, neighbours in x, have the same. Three shifts a word.
-FIELD, FACTOR = (0, 3, 1, 4, 2, 5, 6, 7), (0, 0, 1, 1, 2, 2, 0, 0)
+FACTOR = (0, 0, 1, 1, 2, 2, 0, 0)  # the i of the 4^i that a pair of inputs is worth where it is read: three shifts a word
 
 
 class Instructions(Protocol):
@@ -69,7 +69,7 @@ def strips(
       words: [2 outputs][4 strips].
       stats: [2 outputs], codes of the scales and zeros of 4 strips.
       steps: [2], second-order scales of 4 strips, two in a word.
-      x: [tile][4 strips][8 pairs of inputs].
+      x: [tile][stretch of 64 inputs, one strip of each thread][8 pairs of inputs].
     """
     if len(sums) == 1:
         return _centered_strips(do, sums, words, stats, steps, x)
@@ -114,7 +114,7 @@ def _scale(do: Instructions, stats: Word, steps: Word, pair: int) -> Word:
 
 def field(do: Instructions, word: Word, p: int) -> Word:
     """128 + q 4^i of a pair of inputs in a word of 2-bit codes."""
-    moved, i = 2 * (FIELD[p] - FACTOR[p]), FACTOR[p]
+    moved, i = 2 * (FIELDS[p] - FACTOR[p]), FACTOR[p]
     return do.bits(word, moved, 0x00030003 << 2 * i, BASE)
 
 
@@ -137,7 +137,7 @@ def integers(
       do: who executes it.
       sums: [tile of 8 rows][4].
       words: [2 outputs][4 words].
-      x: [tile][4 words][pairs of inputs].
+      x: [tile][stretch of 64 inputs][8 pairs of inputs].
       bits: 4 or 8.
     """
 
@@ -148,11 +148,11 @@ def integers(
         high = do.bits(word, 8 * f + 4, 0x000F000F, BASE)  # 16 high + low - 128, of codes within 8 bits of mantissa
         return do.fma(low, ONE, do.fma(high, twice(16), twice(-16 * 128 - 256)))
 
-    pairs = 16 // bits
-    for j in range(4):
-        for f in range(0, pairs, 2):
-            a = [weight(words[output][j], g) for g in (f, f + 1) for output in range(2)]
-            multiply(do, sums, a, x, j, f)
+    pairs = 16 // bits  # of a word
+    for i, f in itertools.product(range(4), range(0, pairs, 2)):
+        a = [weight(words[output][i], g) for g in (f, f + 1) for output in range(2)]
+        j, p = divmod(i * pairs + f, 8)
+        multiply(do, sums, a, x, j, p)
     return sums
 
 

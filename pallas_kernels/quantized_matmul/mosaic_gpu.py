@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import cluster
-from pallas_kernels.core.activations import activate_tiles, parts_of
+from pallas_kernels.core.activations import activate_parts, parts_of
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, store, tile_memory
@@ -274,7 +274,7 @@ def _strips(
             for chunk in range(chunks):
                 if plane == 0:
                     row = xs.at[slot, :, pl.ds(at.inputs * chunk, at.inputs)]
-                    row = plgpu.load(row, layout=ptx.rows_layout(at.inputs // 16))
+                    row = plgpu.load(row, layout=ptx.ROWS)
                 else:
                     row = ptx.gathered(x_gmem, next(iter(index)), chunk_of(1, step) + chunk, padded)
                 for i, (part, tile) in enumerate(every_tile):
@@ -285,6 +285,7 @@ def _strips(
                         else:
                             where = part * O + first + TILE * tile, TILE, chunk_of(plane, step) + chunk, 1
                             ref = gmem[plane][name].at[at.at(name, *where)]
+                        ref = ref.at[0] if name == "scale" else ref  # of one group
                         read[name] = plgpu.load(ref, layout=layout, optimized=name == "words")
                     out[i] = at.add(out[i], read, row)
             return out
@@ -305,7 +306,7 @@ def _strips(
                     columns = [plgpu.load(c, layout=ptx.SUMS.reduce(1), optimized=False) for c in columns]
                     columns = [_along_rows(c.astype(jnp.float32), (TILE, padded)) for c in columns]
                     of_parts = [y * c if name == "scale" else y + c for y, c in zip(of_parts, columns, strict=True)]
-                y = activate_tiles(of_parts, activation)
+                y = activate_parts(of_parts, activation)
                 if hopper:
                     out_smem.at[:, pl.ds(TILE * tile, TILE)].transpose((1, 0))[...] = y.astype(x.dtype)
                 else:

@@ -2,17 +2,22 @@
 """Small integers in words of 32 bits, and the order of words in memory.
 
 A word holds n = 32 / b values of b bits. Even values lie in its low half, odd ones in its high half, so that one mask
-leaves a pair of neighbors in the two halves of a register:
+leaves a pair of neighbors in the two halves of a register. Of 2 bits, two pairs in a row are three fields apart: where
+a kernel reads three fields of a half without moving them, both are worth the same (lanes.py):
 
-    b = 2     bit  31 ...  20   18   16 | 15 ...  4    2    0         value v at bits 16 (v % 2) + b (v // 2)
-              v     15 ...  5    3    1 | 14 ...  4    2    0
+    b = 4     bit  28   24   20   16 | 12    8    4    0               value v at bits 16 (v % 2) + b field(v // 2)
+              v     7    5    3    1 |  6    4    2    0
 
-Words along an axis are stored in chunks of 16, each transposed as a matrix of 4 x 4: position 4 c + j of a chunk holds
-word 4 j + c. Thread c of the four that share a row in a tensor core's operand then reads its 4 words, j = 0 ... 3, as
-16 adjacent bytes, while in each step the four threads read adjacent inputs.
+    b = 2     bit  30   28   26   24   22   20   18   16 | 14   12   10    8    6    4    2    0
+              v    15   13   11    7    3    9    5    1 | 14   12   10    6    2    8    4    0
+
+Words along an axis are stored in chunks of 16. Four threads share a row in a tensor core's operand; each takes 16
+adjacent inputs at a time, b / 2 words, and has its 4 words of a chunk in 16 adjacent bytes:
 
     position   0  1  2  3 | 4  5  6  7 | 8  9 10 11 | 12 13 14 15
-    word       0  4  8 12 | 1  5  9 13 | 2  6 10 14 | 3  7 11 15
+    b = 2      0  4  8 12 | 1  5  9 13 | 2  6 10 14 | 3  7 11 15       word 4 j + c at position 4 c + j
+    b = 4      0  1  8  9 | 2  3 10 11 | 4  5 12 13 | 6  7 14 15
+    b = 8      0  1  2  3 | 4  5  6  7 | 8  9 10 11 | 12 13 14 15
 """
 
 import functools
@@ -24,6 +29,7 @@ import numpy as np
 CHUNK = 16  # words
 ROWS = 16  # outputs are padded to a multiple of it
 BITS = (2, 4, 8)
+FIELDS = (0, 3, 1, 4, 2, 5, 6, 7)  # of the pairs of 2 bits
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -37,8 +43,8 @@ def shifts(bits: int) -> np.ndarray:
     >>> shifts(4).tolist()
     [0, 16, 4, 20, 8, 24, 12, 28]
     """
-    v = np.arange(32 // bits, dtype=np.uint32)
-    return 16 * (v % 2) + bits * (v // 2)
+    fields = FIELDS if bits == 2 else range(16 // bits)
+    return np.array([16 * half + bits * field for field in fields for half in (0, 1)], np.uint32)
 
 
 def to_words(values: jax.Array, bits: int) -> jax.Array:
@@ -51,13 +57,20 @@ def from_words(words: jax.Array, bits: int) -> jax.Array:
     return (words[..., None] >> shifts(bits)) & np.uint32(2**bits - 1)
 
 
-def reorder(words: jax.Array) -> jax.Array:
-    """Along the last axis from the order of inputs to that of memory, and back: it is its own inverse.
+def to_memory(words: jax.Array, bits: int = 2) -> jax.Array:
+    """Words along the last axis, in the order of inputs, in that of memory.
 
-    >>> reorder(np.arange(16)).tolist()
+    >>> to_memory(np.arange(16)).tolist()
     [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15]
     """
-    return words.reshape(*words.shape[:-1], -1, 4, 4).swapaxes(-1, -2).reshape(words.shape)
+    stretch = bits // 2  # words of 16 inputs
+    return words.reshape(*words.shape[:-1], -1, 4 // stretch, 4, stretch).swapaxes(-2, -3).reshape(words.shape)
+
+
+def from_memory(words: jax.Array, bits: int = 2) -> jax.Array:
+    """The inverse of `to_memory`."""
+    stretch = bits // 2
+    return words.reshape(*words.shape[:-1], -1, 4, 4 // stretch, stretch).swapaxes(-2, -3).reshape(words.shape)
 
 
 @functools.partial(jax.jit, static_argnames="bits")
@@ -66,13 +79,13 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     N, K = codes.shape
     n = 32 // bits
     codes = jnp.pad(codes, ((0, -N % ROWS), (0, -K % (CHUNK * n))))
-    return reorder(to_words(codes.reshape(len(codes), -1, n), bits))
+    return to_memory(to_words(codes.reshape(len(codes), -1, n), bits), bits)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "K"))
 def unpack(words: jax.Array, bits: int, K: int) -> jax.Array:
     """Codes uint8 [N', K] of words [N', W']: what `pack` made them of, padding rows included."""
-    return from_words(reorder(words), bits).reshape(len(words), -1)[:, :K].astype(jnp.uint8)
+    return from_words(from_memory(words, bits), bits).reshape(len(words), -1)[:, :K].astype(jnp.uint8)
 
 
 def pack_stats(scale_codes: jax.Array, zeros: jax.Array) -> jax.Array:
@@ -82,12 +95,12 @@ def pack_stats(scale_codes: jax.Array, zeros: jax.Array) -> jax.Array:
     Word c of a chunk describes the four strips at positions 4 c ... 4 c + 3 of the chunk, which are strips 4 j + c. It
     is a word of 4-bit values: their four scale codes, then their four zeros.
     """
-    by_thread = [reorder(array).reshape(len(array), -1, 4) for array in (scale_codes, zeros)]
+    by_thread = [to_memory(array).reshape(len(array), -1, 4) for array in (scale_codes, zeros)]
     return to_words(jnp.concatenate(by_thread, axis=-1), 4)
 
 
 def unpack_stats(stats: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scale codes and zeros, uint32 [N', S] in the order of inputs."""
     both = from_words(stats, 4)
-    scale_codes, zeros = (reorder(part.reshape(len(stats), -1)) for part in (both[..., :4], both[..., 4:]))
+    scale_codes, zeros = (from_memory(part.reshape(len(stats), -1)) for part in (both[..., :4], both[..., 4:]))
     return scale_codes, zeros

@@ -6,7 +6,7 @@ A warpgroup holds tiles of 64 outputs, 16 a warp. Layouts, thread 4 g + c of eac
     WORDS [64, 16]    outputs g, g + 8 of its warp; words 4 c ... 4 c + 3: 16 adjacent bytes
     STATS [64, 4]     the same outputs; word c
     STEPS [4, 16]     an output block a warp; strips 4 c ... 4 c + 3
-    rows_layout       x [8 m, 4 w]: row g; w / 4 adjacent inputs at c w / 4, of each of 4 stretches of w
+    ROWS [8 m, 64 j]  rows g of x; inputs 16 c ... 16 c + 15 of each stretch of 64, in all warps
     SUMS  [64, 8 m]   accumulators of mma.m16n8k16
 """
 
@@ -43,21 +43,15 @@ _EVERY_WARP, _EVERY_GROUP = mgpu.fragmented_array.Replicated(4), mgpu.fragmented
 WORDS = plgpu.Layout.WGMMA_8BIT
 STATS = _tiled(((64, 4), (16, 4), (8, 4), (1,)), (-7,), (-3, -2))
 STEPS = _tiled(((4, 16), (1, 16), (4,)), (-5,), (_EVERY_GROUP, -2))
+ROWS = _tiled(((8, 64), (8, 16), (8,)), (_EVERY_WARP,), (-3, -4))
 SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)
-
-
-@functools.cache
-def rows_layout(width: int) -> Any:
-    """Of rows of x, of which each thread of a quad brings `width` adjacent inputs at a time: 4, 8 or 16."""
-    vector = min(8, width)  # 16 bytes
-    return _tiled(((8, 4 * width), (8, width), (vector,)), (_EVERY_WARP,), (-3, -4))
 
 
 def strips(
     sums: list[jax.Array], words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array
 ) -> list[jax.Array]:
     """Adds a chunk of strips to sums [64, 8 m] of each factor: `lanes.strips` of every thread. words [64, 16], stats
-    [64, 4], steps [4, 16], x [8 m, 256] in `rows_layout(16)`."""
+    [64, 4], steps [4, 16], x [8 m, 256] in ROWS."""
 
     def quantized_strips(_, sums, words, stats, steps, x):
         do = _Ptx()
@@ -67,48 +61,51 @@ def strips(
         parts = lanes.strips(do, parts, [_words_of(r) for r in words.registers.flat], stats, steps, _rows_of(x))
         return [_with_sums(s, part) for s, part in zip(sums, parts, strict=True)]
 
-    arguments = ([SUMS] * len(sums), WORDS, STATS, STEPS, rows_layout(16))
+    arguments = ([SUMS] * len(sums), WORDS, STATS, STEPS, ROWS)
     inline: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=[_like(s) for s in sums])
     return inline(quantized_strips)(sums, words, stats, steps, x)
 
 
 def integers(total: jax.Array, words: jax.Array, x: jax.Array, bits: int) -> jax.Array:
-    """Adds a chunk of codes to a sum [64, 8 m]: `lanes.integers` of every thread. words [64, 16], x [8 m, 16 * 32 / bits]
-    in `rows_layout(32 / bits)`."""
+    """Adds a chunk of codes to a sum [64, 8 m]: `lanes.integers` of every thread. words [64, 16], x [8 m, 512 / bits]
+    in ROWS."""
 
     def quantized_integers(_, total, words, x):
         part = lanes.integers(_Ptx(), _sums_of(total), [_words_of(r) for r in words.registers.flat], _rows_of(x), bits)
         return _with_sums(total, part)
 
-    arguments = (SUMS, WORDS, rows_layout(32 // bits))
+    arguments = (SUMS, WORDS, ROWS)
     inline: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=_like(total))
     return inline(quantized_integers)(total, words, x)
 
 
 def gathered(x: Ref, strips: Ref, chunk: Any, rows: int) -> jax.Array:
-    """Inputs of a chunk of strips anywhere in x [M, K], both in global memory: [rows, 256] in `rows_layout(16)`. Rows
-    that x does not have are copies of its last."""
+    """Inputs of a chunk of strips anywhere in x [M, K], both in global memory: [rows, 256] in ROWS. Rows
+    that x does not have are copies of its last, and strips beyond the last chunk are the last one: some number."""
 
     def quantized_gather(_, x, strips, chunk):
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        pitch, layout, bf16 = ir.MemRefType(x.type).shape[1], rows_layout(16).to_mgpu(), ir.BF16Type.get()
+        layout, bf16 = ROWS.to_mgpu(), ir.BF16Type.get()
         base, table = (llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in (x, strips))
         lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(32, i32))
         g, c = arith.divui(lane, mgpu.c(4, i32)), arith.remui(lane, mgpu.c(4, i32))
         at = arith.addi(arith.muli(chunk.registers[()], mgpu.c(16, i32)), c)
+        rows_of_x, pitch = ir.MemRefType(x.type).shape
+        last_strip = mgpu.c(ir.MemRefType(strips.type).shape[0] - 1, i32)
 
-        def load(code, constraint, type_, base, offset, *immediate):
+        def load(code, constraint, type_, base, offset):
             address = arith.addi(base, arith.extui(i64, offset))
             return llvm.inline_asm(type_, [address], code, constraint, has_side_effects=True)
 
-        number = [
-            load("ld.global.nc.u32 $0, [$1];", "=r,l", i32, table, arith.muli(mgpu.c(4, i32), arith.addi(at, mgpu.c(4 * j, i32))))
-            for j in range(4)
-        ]
+        def number_of(j):
+            place = arith.minsi(arith.addi(at, mgpu.c(4 * j, i32)), last_strip)
+            return load("ld.global.nc.u32 $0, [$1];", "=r,l", i32, table, arith.muli(place, mgpu.c(4, i32)))
+
+        number = [number_of(j) for j in range(4)]
         registers = np.empty(layout.registers_shape((rows, 256)), object)
         four = llvm.StructType.get_literal([i32] * 4)
         for tile in range(rows // 8):
-            row = arith.minsi(arith.addi(g, mgpu.c(8 * tile, i32)), mgpu.c(ir.MemRefType(x.type).shape[0] - 1, i32))
+            row = arith.minsi(arith.addi(g, mgpu.c(8 * tile, i32)), mgpu.c(rows_of_x - 1, i32))
             start = arith.muli(row, mgpu.c(2 * pitch, i32))
             for j, half in itertools.product(range(4), range(2)):
                 offset = arith.addi(start, arith.muli(number[j], mgpu.c(32, i32)))
@@ -119,7 +116,7 @@ def gathered(x: Ref, strips: Ref, chunk: Any, rows: int) -> jax.Array:
                 registers[tile, j, 0, 0, 0, half, 0] = _vector(words, ir.VectorType.get((8,), bf16))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    result = plgpu.ShapeDtypeStruct((rows, 256), jnp.bfloat16, layout=rows_layout(16))
+    result = plgpu.ShapeDtypeStruct((rows, 256), jnp.bfloat16, layout=ROWS)
     types = (plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT)
     inline: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)
     return inline(quantized_gather)(x, strips, jnp.asarray(chunk, jnp.int32))

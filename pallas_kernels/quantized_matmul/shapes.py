@@ -95,7 +95,7 @@ class Shape:
 
     def _abstract_int(self) -> Any:
         N, bits, group_size = round_up(self.N, ROWS), int(self.scheme[3:]), GROUP_SIZES[self.scheme]
-        groups = (N, -(-self.K // (group_size or self.K)))
+        groups = (-(-self.K // (group_size or self.K)), N)
         words = (N, round_up(-(-self.K * bits // 32), CHUNK))
         arrays = _abstract(
             dict, words=words, scale=(*groups, "bfloat16" if group_size else "float32"), zero=(*groups, "uint8")
@@ -117,7 +117,8 @@ class Shape:
             words = _words(random, weight.words.shape)
             if weight.bits == 8:
                 words |= np.uint32(0x01010101)  # no -128
-            scale = _padded(size * 2.0 ** (1 - weight.bits) * random.uniform(1, 3, weight.scale.shape), self.N)
+            scale = size * 2.0 ** (1 - weight.bits) * random.uniform(1, 3, weight.scale.shape)
+            scale[:, self.N :] = 0
             zero = None if weight.zero is None else jnp.asarray(random.integers(0, 4, weight.zero.shape, np.uint8))
             return dataclasses.replace(
                 weight, words=jnp.asarray(words), scale=jnp.asarray(scale, weight.scale.dtype), zero=zero
@@ -171,7 +172,7 @@ def _plane(random: np.random.Generator, scale_codes: np.ndarray, steps: np.ndarr
     """Of scale codes [N', S'] and steps [N' / 16, S'] in the order of inputs."""
     stats = packing.pack_stats(scale_codes, random.integers(0, 4, scale_codes.shape))
     words = jnp.asarray(_words(random, scale_codes.shape))
-    return Plane(words, stats, packing.reorder(jnp.asarray(steps, jnp.bfloat16)))
+    return Plane(words, stats, packing.to_memory(jnp.asarray(steps, jnp.bfloat16)))
 
 
 SHAPES: dict[str, Shape] = {

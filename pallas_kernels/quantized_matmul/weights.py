@@ -108,8 +108,8 @@ class Plane:
     def parts(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Words, zeros and scales (float32, of bfloat16's values), each [N', S'] in the order of inputs."""
         scale_codes, zeros = packing.unpack_stats(self.stats)
-        steps = jnp.repeat(packing.reorder(self.steps).astype(jnp.float32), BLOCK, axis=0)
-        return packing.reorder(self.words), zeros, rounded(scale_codes.astype(jnp.float32) * steps)
+        steps = jnp.repeat(packing.from_memory(self.steps).astype(jnp.float32), BLOCK, axis=0)
+        return packing.from_memory(self.words), zeros, rounded(scale_codes.astype(jnp.float32) * steps)
 
     def rows(self, start: jax.Array | int, count: int) -> "Plane":
         """Outputs from `start` on; both are multiples of 16."""
@@ -210,7 +210,7 @@ class MixedBitWeight(_Weight):
         S, T = self.main.words.shape[1], self.tail_index.shape[0]
         # Padding repeats 0 after a larger index, or after 0 itself.
         real = jnp.concatenate([jnp.ones(min(T, 1), bool), self.tail_index[1:] > self.tail_index[:-1]])
-        return jnp.full(S, T, jnp.int32).at[jnp.where(real, self.tail_index, S)].set(jnp.arange(T), mode="drop")
+        return jnp.full(S, T, jnp.int32).at[jnp.where(real, self.tail_index, S)].set(jnp.arange(T, dtype=jnp.int32), mode="drop")
 
     def four_bit_strips(self) -> jax.Array:
         """bool [S]: the precision map."""
@@ -237,7 +237,7 @@ class IntWeight(_Weight):
 
     Attributes:
       words: uint32 [N', W'].
-      scale: float32 [N', 1] for each output, bfloat16 [N', ceil(K / group_size)] for groups; padding has 0.
+      scale: float32 [1, N'] for each output, bfloat16 [ceil(K / group_size), N'] for groups; padding has 0.
       zero: uint8, as scale, for 2 bits; else None.
       shape: (K, N).
       bits: 2, 4 or 8.
@@ -257,28 +257,27 @@ class IntWeight(_Weight):
         K, N = self.shape[0], round_up(self.shape[1], ROWS)
         groups = 1 if self.group_size is None else -(-K // self.group_size)
         words = (N, round_up(-(-K * self.bits // 32), CHUNK)), ("uint32",)
-        scale = (N, groups), ("float32" if self.group_size is None else "bfloat16",)
+        scale = (groups, N), ("float32" if self.group_size is None else "bfloat16",)
         expected = {"words": words, "scale": scale}
-        return expected if self.zero is None else expected | {"zero": ((N, groups), ("uint8",))}
+        return expected if self.zero is None else expected | {"zero": ((groups, N), ("uint8",))}
 
     def integers(self, start: jax.Array | int = 0, count: int | None = None) -> jax.Array:
         """The weight without its scales, int32 [count, K]."""
-        words, zero = self._rows((self.words, self.zero), start, count)
+        words = self.words if count is None else _rows(self.words, start, count)
         codes = packing.unpack(words, self.bits, self.shape[0]).astype(jnp.int32)
-        return codes - (2 ** (self.bits - 1) if zero is None else self._each(zero.astype(jnp.int32)))
+        zero = 2 ** (self.bits - 1) if self.zero is None else self._each(self.zero.astype(jnp.int32), start, count)
+        return codes - zero
 
     def scales(self, start: jax.Array | int = 0, count: int | None = None) -> jax.Array:
         """float32, [count, K] or [count, 1]."""
-        return self._each(self._rows(self.scale, start, count).astype(jnp.float32))
+        return self._each(self.scale.astype(jnp.float32), start, count)
 
     def decode(self, dtype: Any, start: jax.Array | int = 0, count: int | None = None) -> jax.Array:
         return (self.integers(start, count).astype(jnp.float32) * self.scales(start, count)).astype(dtype)
 
-    def _rows(self, tree: Any, start: jax.Array | int, count: int | None) -> Any:
-        return tree if count is None else _rows(tree, start, count)
-
-    def _each(self, groups: jax.Array) -> jax.Array:
-        """Of groups [N', G], what broadcasts to all inputs."""
+    def _each(self, groups: jax.Array, start: jax.Array | int, count: int | None) -> jax.Array:
+        """Of groups [G, N'], what broadcasts to all inputs of some outputs, [count, K] or [count, 1]."""
+        groups = groups.T if count is None else _rows(groups.T, start, count)
         return groups if self.group_size is None else jnp.repeat(groups, self.group_size, axis=1)[:, : self.shape[0]]
 
 

@@ -11,24 +11,33 @@ from hypothesis import strategies as st
 from pallas_kernels.quantized_matmul import packing
 
 
+# Which word of a chunk lies at each position.
+ORDER = {
+    2: [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15],
+    4: [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15],
+    8: list(range(16)),
+}
+
+
 def by_hand(codes, bits):
     """Words of codes [N, K], one code at a time, by the sentences of the format in Python's integers."""
     N, K = codes.shape
     per_word = 32 // bits
+    fields = [0, 3, 1, 4, 2, 5, 6, 7] if bits == 2 else range(8)
     chunks = -(-K // (16 * per_word))
     words = np.zeros((-(-N // 16) * 16, 16 * chunks), np.uint32)
     for n in range(N):
         for k in range(K):
             word, v = divmod(k, per_word)
             chunk, within = divmod(word, 16)
-            j, c = divmod(within, 4)
-            words[n, 16 * chunk + 4 * c + j] |= int(codes[n, k]) << (16 * (v % 2) + bits * (v // 2))
+            place = ORDER[bits].index(within)
+            words[n, 16 * chunk + place] |= int(codes[n, k]) << (16 * (v % 2) + bits * fields[v // 2])
     return words
 
 
 def test_bits_of_a_word():
     """2 bits: value 0 is the lowest digit, value 1 that of the high half, value 15 the highest of all."""
-    for v, bit in ((0, 0), (1, 16), (2, 2), (3, 18), (14, 14), (15, 30)):
+    for v, bit in ((0, 0), (1, 16), (2, 6), (3, 22), (4, 2), (9, 20), (10, 10), (14, 14), (15, 30)):
         codes = np.zeros((1, 16), np.uint8)
         codes[0, v] = 3
         assert int(packing.pack(codes, 2)[0, 0]) == 3 << bit

@@ -11,15 +11,17 @@ import pytest
 from pallas_kernels import IntWeight, MixedBitWeight
 from pallas_kernels.quantized_matmul.shapes import SHAPES, Shape
 from pallas_kernels.quantized_matmul.weights import Plane
+from tests.quantized_matmul.test_packing import ORDER
 
 
 def digits_by_numpy(words, bits):
     """[N', inputs] of words in memory order."""
     words = np.asarray(words)
     v = np.arange(32 // bits)
-    values = words[:, :, None] >> (16 * (v % 2) + bits * (v // 2)).astype(np.uint32) & (2**bits - 1)
-    chunks = values.reshape(len(words), -1, 4, 4, 32 // bits)  # [N', chunk, c, j, v] holds word 4 j + c
-    return chunks.transpose(0, 1, 3, 2, 4).reshape(len(words), -1).astype(np.int64)
+    field = np.array([0, 3, 1, 4, 2, 5, 6, 7])[v // 2] if bits == 2 else v // 2
+    values = words[:, :, None] >> (16 * (v % 2) + bits * field).astype(np.uint32) & (2**bits - 1)
+    chunks = values.reshape(len(words), -1, 16, 32 // bits)
+    return chunks[:, :, np.argsort(ORDER[bits])].reshape(len(words), -1).astype(np.int64)
 
 
 def plane_by_numpy(plane):
@@ -43,8 +45,8 @@ def by_numpy(weight):
     if isinstance(weight, IntWeight):
         integers = digits_by_numpy(weight.words, weight.bits)[:, :K]
         group = np.arange(K) // (weight.group_size or K)
-        zero = 2 ** (weight.bits - 1) if weight.zero is None else np.asarray(weight.zero).astype(np.int64)[:, group]
-        return ((integers - zero) * np.asarray(weight.scale).astype(np.float64)[:, group])[:N].T
+        zero = 2 ** (weight.bits - 1) if weight.zero is None else np.asarray(weight.zero).astype(np.int64).T[:, group]
+        return ((integers - zero) * np.asarray(weight.scale).astype(np.float64).T[:, group])[:N].T
     out, tail, last = plane_by_numpy(weight.main), plane_by_numpy(weight.tail), -1
     for t, s in enumerate(np.asarray(weight.tail_index)):
         if s > last:  # else it is padding
@@ -73,8 +75,9 @@ def test_dequantize_is_as_numpy_decodes(name):
 
 def test_one_strip_by_hand():
     """4 bits: q = 0 ... 15, zero 9, scale 2 * 0.5: high digits q // 4 - 2 times 4, low digits q % 4 - 1 times 1."""
+    fields = 0, 3, 1, 4, 2, 5, 6, 7
     high, low = (
-        sum(v << (16 * (k % 2) + 2 * (k // 2)) for k, v in enumerate(values))
+        sum(v << (16 * (k % 2) + 2 * fields[k // 2]) for k, v in enumerate(values))
         for values in ([k // 4 for k in range(16)], [k % 4 for k in range(16)])
     )
 

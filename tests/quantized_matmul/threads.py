@@ -4,8 +4,14 @@
 A word is uint32 [..., 32], an entry a thread; a sum is float32 [..., 32].
 """
 
+import functools
+import inspect
+
+import jax
 import ml_dtypes
 import numpy as np
+
+from pallas_kernels.quantized_matmul import lanes
 
 GROUP, QUAD = np.divmod(np.arange(32), 4)  # g and c of thread 4 g + c
 
@@ -48,3 +54,82 @@ def halves(word) -> np.ndarray:
 def words(halves: np.ndarray) -> np.ndarray:
     parts = halves.view(np.uint16).astype(np.uint32)
     return parts[..., 0, :] | parts[..., 1, :] << np.uint32(16)
+
+
+def strips(sums, words, stats, steps, x):
+    """`ptx.strips` by the threads of four warps."""
+    of_threads = [[[_sums(s, warp, m) for m in range(0, s.shape[1], 8)] for s in sums] for warp in range(4)]
+    for warp, parts in enumerate(of_threads):
+        pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
+        arguments = _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
+        of_threads[warp] = lanes.strips(Threads(), parts, *arguments, _rows(x))
+    return [_array(s, [parts[i] for parts in of_threads]) for i, s in enumerate(sums)]
+
+
+def integers(total, words, x, bits):
+    """`ptx.integers` by the threads of four warps."""
+    of_threads = []
+    for warp in range(4):
+        parts = [_sums(total, warp, m) for m in range(0, total.shape[1], 8)]
+        of_threads.append(lanes.integers(Threads(), parts, _words(words, warp, 4), _rows(x), bits))
+    return _array(total, of_threads)
+
+
+def gathered(x, strips, chunk, rows):
+    """`ptx.gathered`."""
+    number = strips[np.minimum(16 * chunk + np.arange(16), len(strips) - 1)]
+    inputs = (16 * number[:, None] + np.arange(16)).ravel()
+    return x[np.minimum(np.arange(rows), len(x) - 1)][:, inputs]
+
+
+def _words(words, warp: int, count: int) -> list[list[np.ndarray]]:
+    """[output g or g + 8][count adjacent words of thread c]."""
+    return [[words[16 * warp + GROUP + 8 * output, count * QUAD + i] for i in range(count)] for output in range(2)]
+
+
+def _rows(x) -> list[list[list[np.ndarray]]]:
+    """[tile][stretch][pair of inputs] of rows [8 m, 64 j]: thread 4 g + c has row g and 16 inputs of each stretch."""
+    pairs = _uint32(x.reshape(len(x) // 8, 8, -1, 4, 8, 2))  # [tile, g, stretch, c, pair]
+    return [[[p[GROUP, j, QUAD, f] for f in range(8)] for j in range(p.shape[1])] for p in pairs]
+
+
+def _uint32(x) -> np.ndarray:
+    """Words of pairs of bfloat16 [..., 2]."""
+    return np.ascontiguousarray(x).view(np.uint32)[..., 0]
+
+
+def _places(warp: int, m: int):
+    """Output and row of x that a thread's four sums are for."""
+    return [(16 * warp + GROUP + 8 * (i // 2), m + 2 * QUAD + i % 2) for i in range(4)]
+
+
+def _sums(total, warp: int, m: int) -> list[np.ndarray]:
+    return [total[place] for place in _places(warp, m)]
+
+
+def _array(like, of_threads) -> np.ndarray:
+    out = np.empty_like(like)
+    for warp, parts in enumerate(of_threads):
+        for tile, sums in enumerate(parts):
+            for place, part in zip(_places(warp, 8 * tile), sums, strict=True):
+                out[place] = part
+    return out
+
+
+def _stand_in(function):
+    def of_equation(eqn, *values):
+        results = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+        arguments = jax.tree.unflatten(eqn.params["pytree_args"], values)
+        constants = inspect.getclosurevars(eqn.params["mgpu_fn"]).nonlocals
+        run = functools.partial(function, constants)
+        return jax.tree.leaves(jax.pure_callback(lambda *a: run(*jax.tree.map(np.asarray, a)), results, *arguments))
+
+    return of_equation
+
+
+# For `interpreters.mosaic_gpu`.
+STAND_INS = {
+    "quantized_strips": _stand_in(lambda constants, *arrays: strips(*arrays)),
+    "quantized_integers": _stand_in(lambda constants, *arrays: [integers(*arrays, constants["bits"])]),
+    "quantized_gather": _stand_in(lambda constants, *arrays: [gathered(*arrays, constants["rows"])]),
+}
