@@ -11,7 +11,7 @@ inputs of a word of its own, and no number ever changes hands.
     weight    fma(128 + q 4^i, scale, -128 scale) = q 4^i scale     exact before its one rounding: -128 scale is exact
 
 The factor 4^i of a field that was not moved is left to the sums: there is one for each i < 3, added up in the end. A zero
-is a weight like any other: z scale, once for each input. (Of many rows products cost more than that: `_centered_strips`.)
+is a weight like any other: z scale, once for each input. (Of many rows products cost more than that: `centered_strips`.)
 
 Nothing here knows who executes it: `ptx.py` turns it into instructions, and tests compute it on arrays.
 
@@ -64,15 +64,12 @@ def strips(
 
     Args:
       do: who executes it.
-      sums: [i][tile of 8 rows][4] of three factors, to be multiplied by 4^-i in the end, and of zeros, to be subtracted;
-        or one, which is all.
+      sums: [i][tile of 8 rows][4] of three factors, to be multiplied by 4^-i in the end, and of zeros, to be subtracted.
       words: [2 outputs][4 strips].
       stats: [2 outputs], codes of the scales and zeros of 4 strips.
       steps: [2], second-order scales of 4 strips, two in a word.
       x: [tile][stretch of 64 inputs, one strip of each thread][8 pairs of inputs].
     """
-    if len(sums) == 1:
-        return _centered_strips(do, sums, words, stats, steps, x)
     weights, zeros = [[], []], [[], []]  # [output][strip][pair], [output][strip]
     for output, pair in itertools.product(range(2), range(2)):
         scale, stat = _scale(do, stats[output], steps[pair], pair), stats[output]
@@ -88,22 +85,27 @@ def strips(
     return sums
 
 
-def _centered_strips(do: Instructions, sums: Any, words: Any, stats: Any, steps: Any, x: Any) -> Any:
-    """As `strips`, one sum: zeros and the factors 4^i are taken out of each weight, by one more instruction, where
-    products of many rows cost more than that."""
-    weights = [[], []]
-    for output, pair in itertools.product(range(2), range(2)):
+def centered_strips(
+    do: Instructions,
+    sums: list[list[Any]],
+    words: Sequence[Sequence[Word]],
+    stats: Sequence[Word],
+    steps: Sequence[Word],
+    x: Sequence[Sequence[Word]],
+    j: int,
+) -> list[list[Any]]:
+    """As `strips`, of strip j of each thread alone, to one sum [tile][4]: zeros and the factors 4^i are taken out of each
+    weight, by one more instruction, where products of many rows cost more than that. x: [tile][8 pairs of inputs]."""
+    weights, (pair, half) = [], divmod(j, 2)
+    for output in range(2):
         scale, stat = _scale(do, stats[output], steps[pair], pair), stats[output]
         minus_zero = do.fma(do.bits(stat, 8 + 4 * pair, 0x000F000F, BASE), MINUS_ONE, BASE)
-        centers = [do.fma(minus_zero, twice(4**i), MINUS_BASE) for i in range(3)]  # -(128 + z 4^i), exact
-        scales = [do.fma(scale, twice(4.0**-i), 0) for i in range(3)]
-        for half in range(2):
-            word = words[output][2 * pair + half]
-            center, one = ([do.both(v, half) for v in values] for values in (centers, scales))
-            digits = [do.fma(field(do, word, p), ONE, center[FACTOR[p]]) for p in range(8)]
-            weights[output].append([do.fma(digit, one[FACTOR[p]], 0) for p, digit in enumerate(digits)])
-    for j, p in itertools.product(range(4), range(0, 8, 2)):
-        multiply(do, sums[0], [weights[output][j][q] for q in (p, p + 1) for output in range(2)], x, j, p)
+        center = [do.both(do.fma(minus_zero, twice(4**i), MINUS_BASE), half) for i in range(3)]  # -(128 + z 4^i), exact
+        one = [do.both(do.fma(scale, twice(4.0**-i), 0), half) for i in range(3)]
+        digits = [do.fma(field(do, words[output][j], p), ONE, center[FACTOR[p]]) for p in range(8)]
+        weights.append([do.fma(digit, one[FACTOR[p]], 0) for p, digit in enumerate(digits)])
+    for p in range(0, 8, 2):
+        multiply(do, sums, [weights[output][q] for q in (p, p + 1) for output in range(2)], [[rows] for rows in x], 0, p)
     return sums
 
 

@@ -18,6 +18,7 @@ Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, sections 2 and 3.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ from pallas_kernels.quantized_matmul.config import MosaicGpuConfig
 from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight, Plane, Weight
 
 Ref = Any
+Rows = Callable[[range], jax.Array]  # of x, stretches of 64 inputs of a chunk
 TILE = 64  # outputs of a warpgroup's product
 MOST_ROWS = 64
 _ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
@@ -133,8 +135,12 @@ class _Digits:
         """Sums of no chunk, of tiles [64, M]."""
         return [zero] * (1 if self.centered else 4)
 
-    def add(self, sums: list[jax.Array], read: dict[str, jax.Array], x: jax.Array) -> list[jax.Array]:
-        return ptx.strips(sums, read["words"], read["stats"], read["steps"], x)
+    def add(self, sums: list[jax.Array], read: dict[str, jax.Array], x: Rows) -> list[jax.Array]:
+        own = read["words"], read["stats"], read["steps"]
+        if not self.centered:
+            return ptx.strips(sums, *own, x(range(4)))
+        # Many rows: the registers hold no more of them than a stretch.
+        return [functools.reduce(lambda total, j: ptx.centered_strips(total, *own, x(range(j, j + 1)), j), range(4), sums[0])]
 
     def total(self, sums: list[jax.Array]) -> jax.Array:
         return sums[0] if self.centered else sums[0] - sums[3] + sums[1] / 4 + sums[2] / 16
@@ -175,10 +181,11 @@ class _Codes:
     def start(self, zero: jax.Array) -> jax.Array:
         return zero
 
-    def add(self, total: jax.Array, read: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    def add(self, total: jax.Array, read: dict[str, jax.Array], x: Rows) -> jax.Array:
+        rows = x(range(self.inputs // 64))
         if "scale" not in read:
-            return ptx.integers(total, read["words"], x, self.weight.bits)
-        part = ptx.integers(_zeros(total.shape), read["words"], x, self.weight.bits)
+            return ptx.integers(total, read["words"], rows, self.weight.bits)
+        part = ptx.integers(_zeros(total.shape), read["words"], rows, self.weight.bits)
         return total + part * _along_rows(read["scale"].astype(jnp.float32), total.shape)
 
     def total(self, total: jax.Array) -> jax.Array:
@@ -225,6 +232,7 @@ def _strips(
         refs, out_gmem = iter(refs[:-1]), refs[-1]
         x_gmem, option = next(refs), {name: next(refs) for name in per_output}
         gmem = [{name: next(refs) for name in plane} for plane in planes]
+        tail_index = next(refs, None)
         strip = lax.axis_index("strip")
         first, zero = strip * n, lax.div(strip, strips)
         split = lax.axis_index("split") if splits > 1 else zero
@@ -272,11 +280,16 @@ def _strips(
                 rings[1].wait(step, (stages - 1) * copies_of_step, step + stages - 1 < every)
             out = list(sums)
             for chunk in range(chunks):
-                if plane == 0:
-                    row = xs.at[slot, :, pl.ds(at.inputs * chunk, at.inputs)]
-                    row = plgpu.load(row, layout=ptx.ROWS)
-                else:
-                    row = ptx.gathered(x_gmem, next(iter(index)), chunk_of(1, step) + chunk, padded)
+
+                def x_of(stretches: range, chunk=chunk) -> jax.Array:
+                    if plane:
+                        number = chunk_of(plane, step) + chunk
+                        return ptx.gathered(x_gmem, tail_index, number, padded, stretches)
+                    here = pl.ds(at.inputs * chunk + 64 * stretches.start, 64 * len(stretches))
+                    return plgpu.load(xs.at[slot, :, here], layout=ptx.ROWS)
+
+                # Read once for all tiles, or for each what it takes at a time.
+                rows_of = functools.cache(x_of) if padded <= 16 else x_of
                 for i, (part, tile) in enumerate(every_tile):
                     read = {}
                     for name, layout in at.layouts.items():
@@ -287,10 +300,9 @@ def _strips(
                             ref = gmem[plane][name].at[at.at(name, *where)]
                         ref = ref.at[0] if name == "scale" else ref  # of one group
                         read[name] = plgpu.load(ref, layout=layout, optimized=name == "words")
-                    out[i] = at.add(out[i], read, row)
+                    out[i] = at.add(out[i], read, rows_of)
             return out
 
-        index = list(refs)
         every_tile = [(part, tile) for part in range(parts) for tile in range(tiles)]
         sums = [at.start(_zeros((TILE, padded))) for _ in every_tile]
         sums = lax.fori_loop(0, live[0], functools.partial(multiply, 0), sums)

@@ -66,6 +66,22 @@ def strips(
     return inline(quantized_strips)(sums, words, stats, steps, x)
 
 
+def centered_strips(
+    total: jax.Array, words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array, j: int
+) -> jax.Array:
+    """As `strips`, of the j-th stretch of 64 inputs alone, x [8 m, 64], to one sum: `lanes.centered_strips`."""
+
+    def quantized_centered_strips(_, total, words, stats, steps, x):
+        part, x = _sums_of(total), [tile[0] for tile in _rows_of(x)]
+        steps = [_words_of(r) for r in steps.registers.flat][0]
+        stats = [_words_of(r)[0] for r in stats.registers.flat]
+        words = [_words_of(r) for r in words.registers.flat]
+        return _with_sums(total, lanes.centered_strips(_Ptx(), part, words, stats, steps, x, j))
+
+    inline: Any = plgpu.inline_mgpu(arg_types=(SUMS, WORDS, STATS, STEPS, ROWS), return_type=_like(total))
+    return inline(quantized_centered_strips)(total, words, stats, steps, x)
+
+
 def integers(total: jax.Array, words: jax.Array, x: jax.Array, bits: int) -> jax.Array:
     """Adds a chunk of codes to a sum [64, 8 m]: `lanes.integers` of every thread. words [64, 16], x [8 m, 512 / bits]
     in ROWS."""
@@ -79,8 +95,8 @@ def integers(total: jax.Array, words: jax.Array, x: jax.Array, bits: int) -> jax
     return inline(quantized_integers)(total, words, x)
 
 
-def gathered(x: Ref, strips: Ref, chunk: Any, rows: int) -> jax.Array:
-    """Inputs of a chunk of strips anywhere in x [M, K], both in global memory: [rows, 256] in ROWS. Rows
+def gathered(x: Ref, strips: Ref, chunk: Any, rows: int, stretches: range = range(4)) -> jax.Array:
+    """Inputs of a chunk of strips anywhere in x [M, K], both in global memory: [rows, 256] in ROWS, or fewer stretches of 64. Rows
     that x does not have are copies of its last, and strips beyond the last chunk are the last one: some number."""
 
     def quantized_gather(_, x, strips, chunk):
@@ -101,13 +117,13 @@ def gathered(x: Ref, strips: Ref, chunk: Any, rows: int) -> jax.Array:
             place = arith.minsi(arith.addi(at, mgpu.c(4 * j, i32)), last_strip)
             return load("ld.global.nc.u32 $0, [$1];", "=r,l", i32, table, arith.muli(place, mgpu.c(4, i32)))
 
-        number = [number_of(j) for j in range(4)]
-        registers = np.empty(layout.registers_shape((rows, 256)), object)
+        number = [number_of(j) for j in stretches]
+        registers = np.empty(layout.registers_shape((rows, 64 * len(stretches))), object)
         four = llvm.StructType.get_literal([i32] * 4)
         for tile in range(rows // 8):
             row = arith.minsi(arith.addi(g, mgpu.c(8 * tile, i32)), mgpu.c(rows_of_x - 1, i32))
             start = arith.muli(row, mgpu.c(2 * pitch, i32))
-            for j, half in itertools.product(range(4), range(2)):
+            for j, half in itertools.product(range(len(stretches)), range(2)):
                 offset = arith.addi(start, arith.muli(number[j], mgpu.c(32, i32)))
                 offset = arith.addi(offset, mgpu.c(16 * half, i32))
                 code = "ld.global.nc.v4.u32 {$0, $1, $2, $3}, [$4];"
@@ -116,7 +132,7 @@ def gathered(x: Ref, strips: Ref, chunk: Any, rows: int) -> jax.Array:
                 registers[tile, j, 0, 0, 0, half, 0] = _vector(words, ir.VectorType.get((8,), bf16))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    result = plgpu.ShapeDtypeStruct((rows, 256), jnp.bfloat16, layout=ROWS)
+    result = plgpu.ShapeDtypeStruct((rows, 64 * len(stretches)), jnp.bfloat16, layout=ROWS)
     types = (plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT)
     inline: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)
     return inline(quantized_gather)(x, strips, jnp.asarray(chunk, jnp.int32))

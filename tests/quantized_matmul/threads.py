@@ -66,6 +66,18 @@ def strips(sums, words, stats, steps, x):
     return [_array(s, [parts[i] for parts in of_threads]) for i, s in enumerate(sums)]
 
 
+def centered_strips(total, words, stats, steps, x, j):
+    """`ptx.centered_strips` by the threads of four warps."""
+    of_threads = []
+    for warp in range(4):
+        parts = [_sums(total, warp, m) for m in range(0, total.shape[1], 8)]
+        pair = _uint32(steps[warp].reshape(4, 2, 2))
+        arguments = _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
+        rows = [tile[0] for tile in _rows(x)]
+        of_threads.append(lanes.centered_strips(Threads(), parts, *arguments, rows, j))
+    return _array(total, of_threads)
+
+
 def integers(total, words, x, bits):
     """`ptx.integers` by the threads of four warps."""
     of_threads = []
@@ -75,9 +87,10 @@ def integers(total, words, x, bits):
     return _array(total, of_threads)
 
 
-def gathered(x, strips, chunk, rows):
+def gathered(x, strips, chunk, rows, stretches):
     """`ptx.gathered`."""
-    number = strips[np.minimum(16 * chunk + np.arange(16), len(strips) - 1)]
+    places = 16 * chunk + np.add.outer(4 * np.asarray(stretches), np.arange(4)).ravel()
+    number = strips[np.minimum(places, len(strips) - 1)]
     inputs = (16 * number[:, None] + np.arange(16)).ravel()
     return x[np.minimum(np.arange(rows), len(x) - 1)][:, inputs]
 
@@ -130,6 +143,7 @@ def _stand_in(function):
 # For `interpreters.mosaic_gpu`.
 STAND_INS = {
     "quantized_strips": _stand_in(lambda constants, *arrays: strips(*arrays)),
+    "quantized_centered_strips": _stand_in(lambda constants, *arrays: [centered_strips(*arrays, constants["j"])]),
     "quantized_integers": _stand_in(lambda constants, *arrays: [integers(*arrays, constants["bits"])]),
-    "quantized_gather": _stand_in(lambda constants, *arrays: [gathered(*arrays, constants["rows"])]),
+    "quantized_gather": _stand_in(lambda constants, *arrays: [gathered(*arrays, constants["rows"], constants["stretches"])]),
 }
