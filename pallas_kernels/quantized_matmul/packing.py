@@ -13,6 +13,8 @@ word 4 j + c. Thread c of the four that share a row in a tensor core's operand t
 
     position   0  1  2  3 | 4  5  6  7 | 8  9 10 11 | 12 13 14 15
     word       0  4  8 12 | 1  5  9 13 | 2  6 10 14 | 3  7 11 15
+
+Arrays are of NumPy or JAX, and so are results; `pack` and `unpack` are compiled and return those of JAX.
 """
 
 import functools
@@ -41,17 +43,17 @@ def shifts(bits: int) -> np.ndarray:
     return 16 * (v % 2) + bits * (v // 2)
 
 
-def to_words(values: jax.Array, bits: int) -> jax.Array:
+def to_words[Array: (jax.Array, np.ndarray)](values: Array, bits: int) -> Array:
     """uint32 [...] of values [..., 32 / bits], each below 2^bits."""
-    return jnp.sum(jnp.asarray(values, jnp.uint32) << shifts(bits), axis=-1, dtype=jnp.uint32)
+    return (values.astype(np.uint32) << shifts(bits)).sum(-1, dtype=np.uint32)
 
 
-def from_words(words: jax.Array, bits: int) -> jax.Array:
+def from_words[Array: (jax.Array, np.ndarray)](words: Array, bits: int) -> Array:
     """uint32 [..., 32 / bits], the values of words [...]."""
     return (words[..., None] >> shifts(bits)) & np.uint32(2**bits - 1)
 
 
-def reorder(words: jax.Array) -> jax.Array:
+def reorder[Array: (jax.Array, np.ndarray)](words: Array) -> Array:
     """Along the last axis from the order of inputs to that of memory, and back: it is its own inverse.
 
     >>> reorder(np.arange(16)).tolist()
@@ -75,7 +77,7 @@ def unpack(words: jax.Array, bits: int, K: int) -> jax.Array:
     return from_words(reorder(words), bits).reshape(len(words), -1)[:, :K].astype(jnp.uint8)
 
 
-def pack_stats(scale_codes: jax.Array, zeros: jax.Array) -> jax.Array:
+def pack_stats[Array: (jax.Array, np.ndarray)](scale_codes: Array, zeros: Array) -> Array:
     """uint32 [N', S / 4] of scale codes and zeros [N', S], both of up to 4 bits and in the order of inputs; S is a
     multiple of 16.
 
@@ -83,10 +85,10 @@ def pack_stats(scale_codes: jax.Array, zeros: jax.Array) -> jax.Array:
     is a word of 4-bit values: their four scale codes, then their four zeros.
     """
     by_thread = [reorder(array).reshape(len(array), -1, 4) for array in (scale_codes, zeros)]
-    return to_words(jnp.concatenate(by_thread, axis=-1), 4)
+    return to_words(scale_codes.__array_namespace__().concatenate(by_thread, axis=-1), 4)
 
 
-def unpack_stats(stats: jax.Array) -> tuple[jax.Array, jax.Array]:
+def unpack_stats[Array: (jax.Array, np.ndarray)](stats: Array) -> tuple[Array, Array]:
     """Scale codes and zeros, uint32 [N', S] in the order of inputs."""
     both = from_words(stats, 4)
     scale_codes, zeros = (reorder(part.reshape(len(stats), -1)) for part in (both[..., :4], both[..., 4:]))
