@@ -9,6 +9,7 @@ from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.flat_gemm.api import flat_gemm
 from pallas_kernels.quantized_matmul.api import quantized_matmul
+from pallas_kernels.quantized_matmul.quantize import quantize
 from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "flash_attention",
     "flat_gemm",
     "masks",
+    "quantize",
     "quantized_matmul",
 ]
 __version__ = "0.1.0"

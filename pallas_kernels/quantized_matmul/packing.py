@@ -18,6 +18,8 @@ adjacent inputs at a time, b / 2 words, and has its 4 words of a chunk in 16 adj
     b = 2      0  4  8 12 | 1  5  9 13 | 2  6 10 14 | 3  7 11 15       word 4 j + c at position 4 c + j
     b = 4      0  1  8  9 | 2  3 10 11 | 4  5 12 13 | 6  7 14 15
     b = 8      0  1  2  3 | 4  5  6  7 | 8  9 10 11 | 12 13 14 15
+
+Arrays are of NumPy or JAX, and so are results; `pack` and `unpack` are compiled and return those of JAX.
 """
 
 import functools
@@ -47,17 +49,17 @@ def shifts(bits: int) -> np.ndarray:
     return np.array([16 * half + bits * field for field in fields for half in (0, 1)], np.uint32)
 
 
-def to_words(values: jax.Array, bits: int) -> jax.Array:
+def to_words[Array: (jax.Array, np.ndarray)](values: Array, bits: int) -> Array:
     """uint32 [...] of values [..., 32 / bits], each below 2^bits."""
-    return jnp.sum(jnp.asarray(values, jnp.uint32) << shifts(bits), axis=-1, dtype=jnp.uint32)
+    return (values.astype(np.uint32) << shifts(bits)).sum(-1, dtype=np.uint32)
 
 
-def from_words(words: jax.Array, bits: int) -> jax.Array:
+def from_words[Array: (jax.Array, np.ndarray)](words: Array, bits: int) -> Array:
     """uint32 [..., 32 / bits], the values of words [...]."""
     return (words[..., None] >> shifts(bits)) & np.uint32(2**bits - 1)
 
 
-def to_memory(words: jax.Array, bits: int = 2) -> jax.Array:
+def to_memory[Array: (jax.Array, np.ndarray)](words: Array, bits: int = 2) -> Array:
     """Words along the last axis, in the order of inputs, in that of memory.
 
     >>> to_memory(np.arange(16)).tolist()
@@ -67,7 +69,7 @@ def to_memory(words: jax.Array, bits: int = 2) -> jax.Array:
     return words.reshape(*words.shape[:-1], -1, 4 // stretch, 4, stretch).swapaxes(-2, -3).reshape(words.shape)
 
 
-def from_memory(words: jax.Array, bits: int = 2) -> jax.Array:
+def from_memory[Array: (jax.Array, np.ndarray)](words: Array, bits: int = 2) -> Array:
     """The inverse of `to_memory`."""
     stretch = bits // 2
     return words.reshape(*words.shape[:-1], -1, 4, 4 // stretch, stretch).swapaxes(-2, -3).reshape(words.shape)
@@ -88,7 +90,7 @@ def unpack(words: jax.Array, bits: int, K: int) -> jax.Array:
     return from_words(from_memory(words, bits), bits).reshape(len(words), -1)[:, :K].astype(jnp.uint8)
 
 
-def pack_stats(scale_codes: jax.Array, zeros: jax.Array) -> jax.Array:
+def pack_stats[Array: (jax.Array, np.ndarray)](scale_codes: Array, zeros: Array) -> Array:
     """uint32 [N', S / 4] of scale codes and zeros [N', S], both of up to 4 bits and in the order of inputs; S is a
     multiple of 16.
 
@@ -96,10 +98,10 @@ def pack_stats(scale_codes: jax.Array, zeros: jax.Array) -> jax.Array:
     is a word of 4-bit values: their four scale codes, then their four zeros.
     """
     by_thread = [to_memory(array).reshape(len(array), -1, 4) for array in (scale_codes, zeros)]
-    return to_words(jnp.concatenate(by_thread, axis=-1), 4)
+    return to_words(scale_codes.__array_namespace__().concatenate(by_thread, axis=-1), 4)
 
 
-def unpack_stats(stats: jax.Array) -> tuple[jax.Array, jax.Array]:
+def unpack_stats[Array: (jax.Array, np.ndarray)](stats: Array) -> tuple[Array, Array]:
     """Scale codes and zeros, uint32 [N', S] in the order of inputs."""
     both = from_words(stats, 4)
     scale_codes, zeros = (from_memory(part.reshape(len(stats), -1)) for part in (both[..., :4], both[..., 4:]))

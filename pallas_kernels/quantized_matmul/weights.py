@@ -53,18 +53,18 @@ class _Weight:
         """Name of an array -> the shape that it must have, and the dtypes that it may have."""
         raise NotImplementedError
 
-    def check(self) -> None:
+    def check(self, prefix: str = "") -> None:
         """ValueError or TypeError that names the first array whose shape or dtype is not that of a weight [K, N]."""
         tensors = self.tensors()
         for name, (shape, dtypes) in self.layout().items():
             x = tensors[name]
             if tuple(x.shape) != shape:
+                K, N = self.shape
                 raise ValueError(
-                    f"{name} of a weight [K={self.shape[0]}, N={self.shape[1]}] must have shape {shape}, "
-                    f"got {tuple(x.shape)}."
+                    f"{prefix}{name} of a weight [K={K}, N={N}] must have shape {shape}, got {tuple(x.shape)}."
                 )
             if jnp.dtype(x.dtype).name not in dtypes:
-                raise TypeError(f"{name} must be {' or '.join(dtypes)}, got {jnp.dtype(x.dtype).name}.")
+                raise TypeError(f"{prefix}{name} must be {' or '.join(dtypes)}, got {jnp.dtype(x.dtype).name}.")
 
     def decode(self, dtype: Any, start: jax.Array | int = 0, count: int | None = None) -> jax.Array:
         """[count, K]: `count` outputs from `start` on, multiples of 16; all N' of them by default. Computed in float32
@@ -191,7 +191,7 @@ class MixedBitWeight(_Weight):
         return -(-self.shape[0] // STRIP)
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-        N, S, T = round_up(self.shape[1], ROWS), round_up(self.strips, CHUNK), self.tail.words.shape[-1]
+        N, S, T = round_up(self.shape[1], ROWS), round_up(self.strips, CHUNK), math.prod(self.tail_index.shape)
         expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
         for name, strips in (("main", S), ("tail", round_up(T, CHUNK))):
             expected[f"{name}.words"] = (N, strips), ("uint32",)
@@ -199,7 +199,7 @@ class MixedBitWeight(_Weight):
             expected[f"{name}.steps"] = (N // BLOCK, strips), ("bfloat16",)
         expected["tail_index"] = (T,), ("int32",)
         if self.outliers is not None:
-            entries = tuple(self.outliers.values.shape[-1:])
+            entries = (math.prod(self.outliers.values.shape),)
             expected["outliers.values"] = entries, ("bfloat16", "float16")
             expected["outliers.columns"] = entries, ("uint16" if self.shape[0] <= 2**16 else "int32",)
             expected["outliers.pointers"] = (self.shape[1] + 1,), ("int32",)
@@ -210,7 +210,8 @@ class MixedBitWeight(_Weight):
         S, T = self.main.words.shape[1], self.tail_index.shape[0]
         # Padding repeats 0 after a larger index, or after 0 itself.
         real = jnp.concatenate([jnp.ones(min(T, 1), bool), self.tail_index[1:] > self.tail_index[:-1]])
-        return jnp.full(S, T, jnp.int32).at[jnp.where(real, self.tail_index, S)].set(jnp.arange(T, dtype=jnp.int32), mode="drop")
+        strips = jnp.where(real, self.tail_index, S)
+        return jnp.full(S, T, jnp.int32).at[strips].set(jnp.arange(T, dtype=jnp.int32), mode="drop")
 
     def four_bit_strips(self) -> jax.Array:
         """bool [S]: the precision map."""

@@ -60,11 +60,12 @@ def _affine(x: jax.Array, weight: Weight, bias: jax.Array | None) -> jax.Array:
 
     def block(start, count: int, fresh, z: jax.Array) -> jax.Array:
         w, scale = _operands(weight, start, count, factor.dtype)
-        part = _product(factor, w, 1, jnp.int32 if integers else dtype).astype(dtype)
-        part = part if scale is None else part * scale.T.astype(dtype)
-        return lax.dynamic_update_slice_in_dim(z, part, start, 1)
+        # The weight is the tall operand: CPUs then sum over K in vectors, and rows of z are written in one piece.
+        part = _product(w, factor, 1, jnp.int32 if integers else dtype).astype(dtype)
+        part = part if scale is None else part * scale.astype(dtype)
+        return lax.dynamic_update_slice_in_dim(z, part, start, 0)
 
-    z = _over_blocks(weight, block, vary_like(jnp.zeros((len(x), N), dtype), (x, weight)))[:, : weight.shape[1]]
+    z = _over_blocks(weight, block, vary_like(jnp.zeros((N, len(x)), dtype), (x, weight)))[: weight.shape[1]].T
     z = z if x_scale is None else z * x_scale.astype(dtype)
     return z if bias is None else z + bias.astype(dtype)
 
@@ -109,6 +110,6 @@ def _over_blocks(weight: Weight, block: Callable, carry: jax.Array) -> jax.Array
     return lax.fori_loop(0, -(-N // count), step, carry)
 
 
-def _product(a: jax.Array, w: jax.Array, w_axis: int, dtype) -> jax.Array:
-    """Sum over the last axis of a and an axis of w."""
-    return lax.dot_general(a, w, (((1,), (w_axis,)), ((), ())), preferred_element_type=dtype)
+def _product(a: jax.Array, b: jax.Array, b_axis: int, dtype) -> jax.Array:
+    """Sum over the last axis of a and an axis of b; the axes that are left, in order."""
+    return lax.dot_general(a, b, (((1,), (b_axis,)), ((), ())), preferred_element_type=dtype)
