@@ -36,8 +36,8 @@ def parts_of(activation: str | None) -> int:
 
 
 def activate_parts(z: list[jax.Array], activation: str | None) -> jax.Array:
-    """The same in a kernel, of the parts of a tile: a sigmoid takes one exponential, and the hardware's tanh has 11 bits
-    only."""
+    """The same in a kernel, of the parts of a tile: a sigmoid takes one exponential, and the hardware's own tanh has
+    only 11 bits."""
     match activation:
         case None:
             return z[0]

@@ -54,11 +54,17 @@ def kinds(implementation: str) -> tuple[type, ...]:
 def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfig:
     """A good configuration without measuring anything: blocks enough for two on each multiprocessor, in wide strips if
     there are many rows, which all blocks read."""
+    if implementation not in CONFIGS:
+        raise ValueError(f"quantized_matmul has no configuration for {implementation!r}.")
     s, parts, hopper = call.sizes, parts_of(call.option("activation")), device.arch == "sm90"
     rows, num_sms = s["M"] + -s["M"] % 8, device.num_cores or 132
     outputs = s["N"] // parts
     tiles = 2 if rows > 8 and parts == 1 and outputs >= 64 * num_sms else 1
-    chunks = 2 if rows <= 16 else 1
+    bits = call.option("bits")
+    chunks = 2 if rows <= 16 or bits == 8 else 1
+    # A step is within one group of scales, or of whole groups; Ampere's copies do not stop where inputs do.
+    while chunks > 1 and not _whole_steps(call, chunks, hopper):
+        chunks //= 2
     blocks = -(-outputs // (64 * tiles))
     num_splits = next((n for n in (1, 2, 4, 8) if n * blocks >= 2 * num_sms), 8) if hopper else 1
     config = MosaicGpuConfig(tiles, chunks, 1, num_splits, rows > 16)
@@ -66,21 +72,38 @@ def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfi
     return dataclasses.replace(config, stages=max(2, min(6, room // slot_bytes(call, config))))
 
 
+def chunk_inputs(bits: int | str) -> int:
+    """Inputs of 16 words."""
+    return 16 * 32 // (2 if bits == "mixed_2_4" else int(bits))
+
+
+def _whole_steps(call: Call, chunks: int, hopper: bool) -> bool:
+    """Whether steps of so many chunks end where groups of scales do; and where the inputs do on Ampere, whose copies do
+    not stop there."""
+    inputs, group = chunk_inputs(call.option("bits")), call.option("group_size")
+    if group is not None and group > inputs and group % (chunks * inputs):
+        return False
+    tail = call.option("tail_strips") or 0
+    return hopper or not (call.sizes["K"] % (chunks * inputs) or tail % (16 * chunks))
+
+
 def slot_bytes(call: Call, config: MosaicGpuConfig) -> int:
     """Shared memory of one step."""
     rows, bits = call.sizes["M"] + -call.sizes["M"] % 8, call.option("bits")
     words = 64 * config.tiles * parts_of(call.option("activation")) * 16 * config.chunks
-    inputs = 16 * 32 // (2 if bits == "mixed_2_4" else bits) * config.chunks
-    return words * (4 + 1) + words // 8 + 2 * rows * inputs
+    return words * (4 + 1) + words // 8 + 2 * rows * chunk_inputs(bits) * config.chunks
 
 
 def search_space(call: Call, device: Device, implementation: str) -> Iterator[MosaicGpuConfig]:
     """Configurations worth measuring."""
+    hopper = device.arch == "sm90"
     best = heuristic(call, device, implementation)
     rows = call.sizes["M"] + -call.sizes["M"] % 8
     for tiles in (1, 2):
         for chunks in (1, 2) if rows > 16 else (1, 2, 4):
-            for num_splits in (1, 2, 4, 8) if device.arch == "sm90" else (1,):
+            if not _whole_steps(call, chunks, hopper):
+                continue
+            for num_splits in (1, 2, 4, 8) if hopper else (1,):
                 config = MosaicGpuConfig(tiles, chunks, 1, num_splits, best.centered)
                 stages = max(2, min(6, SMEM_BYTES // slot_bytes(call, config)))
                 yield dataclasses.replace(config, stages=stages)

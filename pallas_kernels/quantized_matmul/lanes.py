@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a thread does with a chunk of packed weights: words to operands of the tensor cores, in 32-bit registers.
 
-The product is turned around, Z^T [16 outputs, 8 rows of x] += W [16, k] X^T [k, 8], so that weights are the wide operand
-of mma.m16n8k16. Thread 4 g + c of a warp holds outputs g and g + 8, and the words 4 j + c of a chunk (j < 4): which
-inputs an instruction sums over is free, as long as both operands agree, so each of the four threads of a quad brings
-inputs of a word of its own, and no number ever changes hands.
+The product is turned around, Z^T [16 outputs, 8 rows of x] += W [16, k] X^T [k, 8], so that weights are the wide
+operand of mma.m16n8k16. Thread 4 g + c of a warp holds outputs g and g + 8, and of each 64 inputs a quarter, c. Which
+inputs an instruction sums over is free, as long as both operands agree: each thread of a quad brings some of its own,
+and no number ever changes hands.
 
     word      odd inputs | even inputs     two fields of b bits, 16 bits apart, are two adjacent inputs
     bfloat16  0x4300 | q 4^i = 128 + q 4^i     a field within the 7 bits of the mantissa needs no conversion
     weight    fma(128 + q 4^i, scale, -128 scale) = q 4^i scale     exact before its one rounding: -128 scale is exact
 
-The factor 4^i of a field that was not moved is left to the sums: there is one for each i < 3, added up in the end. A zero
-is a weight like any other: z scale, once for each input. (Of many rows products cost more than that: `centered_strips`.)
+The factor 4^i of a field that was not moved is left to the sums: there is one for each i < 3, added up in the end. A
+zero is a weight like any other: z scale, once for each input. (Of many rows products cost more than that:
+`centered_strips`.)
 
 Nothing here knows who executes it: `ptx.py` turns it into instructions, and tests compute it on arrays.
 
@@ -31,7 +32,16 @@ Word = Any  # 32 bits: an integer, or two bfloat16
 
 ONE, MINUS_ONE = 0x3F803F80, 0xBF80BF80
 BASE, MINUS_BASE = 0x43004300, 0xC300C300  # 128: its mantissa counts ones
-FACTOR = (0, 0, 1, 1, 2, 2, 0, 0)  # the i of the 4^i that a pair of inputs is worth where it is read: three shifts a word
+FACTOR = (
+    0,
+    0,
+    1,
+    1,
+    2,
+    2,
+    0,
+    0,
+)  # the i of the 4^i that a pair of inputs is worth where it is read: three shifts a word
 
 
 class Instructions(Protocol):
@@ -64,7 +74,8 @@ def strips(
 
     Args:
       do: who executes it.
-      sums: [i][tile of 8 rows][4] of three factors, to be multiplied by 4^-i in the end, and of zeros, to be subtracted.
+      sums: [i][tile of 8 rows][4] of three factors, to be multiplied by 4^-i in the end, and of zeros, to be
+        subtracted.
       words: [2 outputs][4 strips].
       stats: [2 outputs], codes of the scales and zeros of 4 strips.
       steps: [2], second-order scales of 4 strips, two in a word.
@@ -94,8 +105,8 @@ def centered_strips(
     x: Sequence[Sequence[Word]],
     j: int,
 ) -> list[list[Any]]:
-    """As `strips`, of strip j of each thread alone, to one sum [tile][4]: zeros and the factors 4^i are taken out of each
-    weight, by one more instruction, where products of many rows cost more than that. x: [tile][8 pairs of inputs]."""
+    """As `strips`, of strip j of each thread alone, to one sum [tile][4]: zeros and the factors 4^i are taken out of
+    each weight, by one more instruction, where products of many rows cost more. x: [tile][8 pairs of inputs]."""
     weights, (pair, half) = [], divmod(j, 2)
     for output in range(2):
         scale, stat = _scale(do, stats[output], steps[pair], pair), stats[output]
@@ -105,7 +116,9 @@ def centered_strips(
         digits = [do.fma(field(do, words[output][j], p), ONE, center[FACTOR[p]]) for p in range(8)]
         weights.append([do.fma(digit, one[FACTOR[p]], 0) for p, digit in enumerate(digits)])
     for p in range(0, 8, 2):
-        multiply(do, sums, [weights[output][q] for q in (p, p + 1) for output in range(2)], [[rows] for rows in x], 0, p)
+        multiply(
+            do, sums, [weights[output][q] for q in (p, p + 1) for output in range(2)], [[rows] for rows in x], 0, p
+        )
     return sums
 
 

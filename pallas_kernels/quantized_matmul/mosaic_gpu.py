@@ -19,7 +19,7 @@ Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, sections 2 and 3.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, store, tile_memory
 from pallas_kernels.quantized_matmul import ptx
-from pallas_kernels.quantized_matmul.config import MosaicGpuConfig
-from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight, Plane, Weight
+from pallas_kernels.quantized_matmul.config import MosaicGpuConfig, chunk_inputs
+from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight, Weight
 
 Ref = Any
 Rows = Callable[[range], jax.Array]  # of x, stretches of 64 inputs of a chunk
@@ -57,20 +57,14 @@ def supports(call: Call, device: Device) -> Refusal | None:
         return Refusal("it does not add outliers; quantize with outlier_fraction=0")
     if bits == 2:
         return Refusal('it takes 2 bits as part of scheme="mixed_2_4" only (four_bit_fraction=0 has no others)')
-    inputs = inputs_of_chunk(bits)
+    inputs = chunk_inputs(bits)
     if (group := call.option("group_size")) is not None and group % inputs:
         return Refusal(f"groups of {group} inputs; it takes multiples of {inputs} at {bits} bits")
     outputs = s["N"] // parts_of(call.option("activation"))
-    multiple = (16, 16) if hopper else (2 * inputs, 2 * TILE)  # what copies of a ragged tail leave alone
-    if s["K"] % multiple[0] or outputs % multiple[1]:
-        each = f"multiples of {multiple[0]} and {multiple[1]} on {device.arch}"
-        return Refusal(f"K={s['K']} and O={outputs} features; it takes {each}")
+    k, o = (16, 16) if hopper else (inputs, TILE)  # what copies of a ragged tail leave alone
+    if s["K"] % k or outputs % o:
+        return Refusal(f"K={s['K']} and O={outputs} features; it takes multiples of {k} and {o} on {device.arch}")
     return None
-
-
-def inputs_of_chunk(bits: Any) -> int:
-    """Inputs of 16 words."""
-    return 16 * 32 // (2 if bits == "mixed_2_4" else bits)
 
 
 def forward(
@@ -107,8 +101,8 @@ class _Digits:
 
     weight: MixedBitWeight
     centered: bool
-    inputs = 256  # of a chunk
-    layouts = {"words": ptx.WORDS, "stats": ptx.STATS, "steps": ptx.STEPS}
+    inputs: ClassVar = chunk_inputs(2)
+    layouts: ClassVar = {"words": ptx.WORDS, "stats": ptx.STATS, "steps": ptx.STEPS}
 
     @property
     def planes(self) -> list[dict[str, jax.Array]]:
@@ -140,7 +134,11 @@ class _Digits:
         if not self.centered:
             return ptx.strips(sums, *own, x(range(4)))
         # Many rows: the registers hold no more of them than a stretch.
-        return [functools.reduce(lambda total, j: ptx.centered_strips(total, *own, x(range(j, j + 1)), j), range(4), sums[0])]
+        return [
+            functools.reduce(
+                lambda total, j: ptx.centered_strips(total, *own, x(range(j, j + 1)), j), range(4), sums[0]
+            )
+        ]
 
     def total(self, sums: list[jax.Array]) -> jax.Array:
         return sums[0] if self.centered else sums[0] - sums[3] + sums[1] / 4 + sums[2] / 16
@@ -158,7 +156,7 @@ class _Codes:
 
     @property
     def inputs(self) -> int:
-        return inputs_of_chunk(self.weight.bits)
+        return chunk_inputs(self.weight.bits)
 
     @property
     def planes(self) -> list[dict[str, jax.Array]]:
@@ -226,13 +224,21 @@ def _strips(
     names = list(at.layouts) if hopper else ["words"]
     gathers = len(planes) > 1
     operands = [x, *per_output.values(), *(array for plane in planes for array in plane.values())]
-    operands += [at.weight.tail_index] if gathers else []
+    operands += [at.weight.tail_index] if isinstance(at, _Digits) and gathers else []
 
-    def kernel(*refs, xs, arrived=None, x_arrived=None, out_smem=None, partial=None, **slots):
-        refs, out_gmem = iter(refs[:-1]), refs[-1]
-        x_gmem, option = next(refs), {name: next(refs) for name in per_output}
-        gmem = [{name: next(refs) for name in plane} for plane in planes]
-        tail_index = next(refs, None)
+    def kernel(
+        *refs,
+        xs: Ref,
+        arrived: Any = None,
+        x_arrived: Any = None,
+        out_smem: Any = None,
+        partial: Any = None,
+        **slots: Ref,
+    ):
+        given, out_gmem = iter(refs[:-1]), refs[-1]
+        x_gmem, option = next(given), {name: next(given) for name in per_output}
+        gmem = [{name: next(given) for name in plane} for plane in planes]
+        tail_index = next(given, None)
         strip = lax.axis_index("strip")
         first, zero = strip * n, lax.div(strip, strips)
         split = lax.axis_index("split") if splits > 1 else zero

@@ -10,7 +10,6 @@ A warpgroup holds tiles of 64 outputs, 16 a warp. Layouts, thread 4 g + c of eac
     SUMS  [64, 8 m]   accumulators of mma.m16n8k16
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +32,11 @@ Value = Any
 def _tiled(tiling: Sequence[tuple[int, ...]], warps: tuple, lanes_: tuple) -> Any:
     """A layout whose last axis is a thread's vector."""
     layout: Any = mgpu.TiledLayout(
-        mgpu.fragmented_array.Tiling(tuple(tiling)), warp_dims=warps, lane_dims=lanes_, vector_dim=-1, _check_canonical=False
+        mgpu.fragmented_array.Tiling(tuple(tiling)),
+        warp_dims=warps,
+        lane_dims=lanes_,
+        vector_dim=-1,
+        _check_canonical=False,
     ).canonicalize()
     tiled: Any = plgpu.Layout.TILED
     return tiled(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
@@ -54,11 +57,9 @@ def strips(
     [64, 4], steps [4, 16], x [8 m, 256] in ROWS."""
 
     def quantized_strips(_, sums, words, stats, steps, x):
-        do = _Ptx()
+        do: lanes.Instructions = _Ptx()
         parts = [_sums_of(s) for s in sums]
-        steps = [_words_of(r) for r in steps.registers.flat][0]
-        stats = [_words_of(r)[0] for r in stats.registers.flat]
-        parts = lanes.strips(do, parts, [_words_of(r) for r in words.registers.flat], stats, steps, _rows_of(x))
+        parts = lanes.strips(do, parts, *_digits_of(words, stats, steps), _rows_of(x))
         return [_with_sums(s, part) for s, part in zip(sums, parts, strict=True)]
 
     arguments = ([SUMS] * len(sums), WORDS, STATS, STEPS, ROWS)
@@ -72,11 +73,9 @@ def centered_strips(
     """As `strips`, of the j-th stretch of 64 inputs alone, x [8 m, 64], to one sum: `lanes.centered_strips`."""
 
     def quantized_centered_strips(_, total, words, stats, steps, x):
-        part, x = _sums_of(total), [tile[0] for tile in _rows_of(x)]
-        steps = [_words_of(r) for r in steps.registers.flat][0]
-        stats = [_words_of(r)[0] for r in stats.registers.flat]
-        words = [_words_of(r) for r in words.registers.flat]
-        return _with_sums(total, lanes.centered_strips(_Ptx(), part, words, stats, steps, x, j))
+        rows = [tile[0] for tile in _rows_of(x)]
+        part = lanes.centered_strips(_Ptx(), _sums_of(total), *_digits_of(words, stats, steps), rows, j)
+        return _with_sums(total, part)
 
     inline: Any = plgpu.inline_mgpu(arg_types=(SUMS, WORDS, STATS, STEPS, ROWS), return_type=_like(total))
     return inline(quantized_centered_strips)(total, words, stats, steps, x)
@@ -96,8 +95,8 @@ def integers(total: jax.Array, words: jax.Array, x: jax.Array, bits: int) -> jax
 
 
 def gathered(x: Ref, strips: Ref, chunk: Any, rows: int, stretches: range = range(4)) -> jax.Array:
-    """Inputs of a chunk of strips anywhere in x [M, K], both in global memory: [rows, 256] in ROWS, or fewer stretches of 64. Rows
-    that x does not have are copies of its last, and strips beyond the last chunk are the last one: some number."""
+    """Inputs of a chunk of strips anywhere in x [M, K], both in global memory: stretches of 64 of them, [rows, 256] in
+    ROWS or fewer. Rows that x does not have are copies of its last, strips beyond the last chunk the last strip."""
 
     def quantized_gather(_, x, strips, chunk):
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
@@ -184,6 +183,16 @@ def _words_of(register: Value) -> list[Value]:
     size = mgpu.utils.bitwidth(register.type) // 32
     as_words = vector.bitcast(ir.VectorType.get((size,), _i32()), register)
     return [llvm.extractelement(as_words, _constant(i)) for i in range(size)]
+
+
+def _digits_of(words: Any, stats: Any, steps: Any) -> tuple[list, list, list]:
+    """What a thread has of a chunk of strips: words and statistics of its two outputs, steps."""
+    (both,) = steps.registers.flat
+    return (
+        [_words_of(r) for r in words.registers.flat],
+        [_words_of(r)[0] for r in stats.registers.flat],
+        _words_of(both),
+    )
 
 
 def _vector(words: Sequence[Value], type_: ir.Type) -> Value:

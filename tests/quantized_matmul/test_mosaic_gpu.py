@@ -7,7 +7,7 @@ import functools
 import jax
 import pytest
 
-from pallas_kernels import UnsupportedError, quantized_matmul
+from pallas_kernels import quantized_matmul
 from pallas_kernels.core import device
 from pallas_kernels.quantized_matmul.config import MosaicGpuConfig
 from pallas_kernels.quantized_matmul.reference import naively, specified

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from pallas_kernels.quantized_matmul import packing
 
-
 # Which word of a chunk lies at each position.
 ORDER = {
     2: [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15],

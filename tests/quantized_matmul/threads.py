@@ -60,9 +60,7 @@ def strips(sums, words, stats, steps, x):
     """`ptx.strips` by the threads of four warps."""
     of_threads = [[[_sums(s, warp, m) for m in range(0, s.shape[1], 8)] for s in sums] for warp in range(4)]
     for warp, parts in enumerate(of_threads):
-        pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
-        arguments = _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
-        of_threads[warp] = lanes.strips(Threads(), parts, *arguments, _rows(x))
+        of_threads[warp] = lanes.strips(Threads(), parts, *_digits(words, stats, steps, warp), _rows(x))
     return [_array(s, [parts[i] for parts in of_threads]) for i, s in enumerate(sums)]
 
 
@@ -71,10 +69,8 @@ def centered_strips(total, words, stats, steps, x, j):
     of_threads = []
     for warp in range(4):
         parts = [_sums(total, warp, m) for m in range(0, total.shape[1], 8)]
-        pair = _uint32(steps[warp].reshape(4, 2, 2))
-        arguments = _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
         rows = [tile[0] for tile in _rows(x)]
-        of_threads.append(lanes.centered_strips(Threads(), parts, *arguments, rows, j))
+        of_threads.append(lanes.centered_strips(Threads(), parts, *_digits(words, stats, steps, warp), rows, j))
     return _array(total, of_threads)
 
 
@@ -93,6 +89,11 @@ def gathered(x, strips, chunk, rows, stretches):
     number = strips[np.minimum(places, len(strips) - 1)]
     inputs = (16 * number[:, None] + np.arange(16)).ravel()
     return x[np.minimum(np.arange(rows), len(x) - 1)][:, inputs]
+
+
+def _digits(words, stats, steps, warp: int) -> tuple[list, list, list]:
+    pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
+    return _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
 
 
 def _words(words, warp: int, count: int) -> list[list[np.ndarray]]:
@@ -140,10 +141,12 @@ def _stand_in(function):
     return of_equation
 
 
-# For `interpreters.mosaic_gpu`.
+# For `interpreters.mosaic_gpu`: of constants that an inline function closes over, and arrays.
 STAND_INS = {
-    "quantized_strips": _stand_in(lambda constants, *arrays: strips(*arrays)),
-    "quantized_centered_strips": _stand_in(lambda constants, *arrays: [centered_strips(*arrays, constants["j"])]),
-    "quantized_integers": _stand_in(lambda constants, *arrays: [integers(*arrays, constants["bits"])]),
-    "quantized_gather": _stand_in(lambda constants, *arrays: [gathered(*arrays, constants["rows"], constants["stretches"])]),
+    "quantized_strips": _stand_in(lambda _, *arrays: strips(*arrays)),
+    "quantized_centered_strips": _stand_in(lambda its, *arrays: [centered_strips(*arrays, j=its["j"])]),
+    "quantized_integers": _stand_in(lambda its, *arrays: [integers(*arrays, bits=its["bits"])]),
+    "quantized_gather": _stand_in(
+        lambda its, *arrays: [gathered(*arrays, rows=its["rows"], stretches=its["stretches"])]
+    ),
 }
