@@ -156,24 +156,26 @@ _SMEM_BYTES = {"sm80": 160 * 2**10, "sm90": 220 * 2**10}
 def _mosaic_gpu(call: Call, device: Device) -> MosaicGpuConfig:
     """One block a multiprocessor, with as many chunks in flight as it has room for, where sequences and key heads come
     out even; else two blocks share one, and the fewest splits that leave less than a tenth of the places empty. Caches
-    of 8 bits always have two: one widens a chunk, more than half as long as its bytes take, while the other waits."""
+    of 8 bits always have two, since to widen a chunk takes more than half the time of its bytes: one does while one
+    waits."""
     s, S, num_sms = call.sizes, call.option("S"), device.num_cores or 132
     itemsize = jnp.dtype(call.arguments[1].dtype).itemsize
     block_k, bytes_each = 64, itemsize * 64 * (s["H"] + s["Hv"])
     planes = s["B"] * s["K"]
-    alone = itemsize == 2 and planes <= num_sms and num_sms % planes < num_sms // 10
+    even = planes <= num_sms and num_sms % planes < num_sms // 10
+    blocks = 1 if even and itemsize == 2 else 2
     most = max(1, -(-S // (2 * block_k)))  # each split has two chunks, at least
-    if alone:
-        splits = num_sms // planes
+    if even:
+        splits = blocks * num_sms // planes
     else:
 
         def filled(splits: int) -> float:
-            return planes * splits / (2 * num_sms) / -(-planes * splits // (2 * num_sms))
+            return planes * splits / (blocks * num_sms) / -(-planes * splits // (blocks * num_sms))
 
         splits = next((n for n in range(1, most) if filled(n) > 0.9), max(range(1, most + 1), key=filled))
     # Queries, weights and sums take up to 14 KB, values in 16 bits what they take.
     others = 14 * 2**10 + (0 if itemsize == 2 else 2 * block_k * s["Hv"])
-    room = _SMEM_BYTES.get(device.arch or "", 96 * 2**10) // (1 if alone else 2) - others
+    room = _SMEM_BYTES.get(device.arch or "", 96 * 2**10) // blocks - others
     return MosaicGpuConfig(block_k, max(2, min(6, room // bytes_each)), max(1, min(most, splits)))
 
 
