@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -17,17 +19,35 @@ Ref = Any
 
 
 def product(acc: jax.Array, left: Ref, right: Ref, *, transpose: bool = True) -> jax.Array:
-    """acc + left @ right^T (or right), both in shared memory, left [m, k].
+    """acc + left @ right^T (or right), both in shared memory, left [m, k], which may be of 8 bits.
 
     By slices of 64 of the depth, the width of a swizzled tile: loaded at once, operands would fill the registers.
     """
-    depth = left.shape[1]
+    depth, dtype = left.shape[1], right.dtype
     for start in range(0, depth, 64):
         d = pl.ds(start, min(64, depth - start))
         operand = right.at[:, d].transpose((1, 0)) if transpose else right.at[d]
-        a = plgpu.load(left.at[:, d], layout=plgpu.Layout.MMA_LHS(left.dtype))
-        acc = plgpu.mma(acc, a, plgpu.load(operand, layout=plgpu.Layout.MMA_RHS(left.dtype)))
+        a = widen(plgpu.load(left.at[:, d], layout=plgpu.Layout.MMA_LHS(dtype)), dtype)
+        acc = plgpu.mma(acc, a, plgpu.load(operand, layout=plgpu.Layout.MMA_RHS(dtype)))
     return acc
+
+
+def widen(x: jax.Array, dtype: Any) -> jax.Array:
+    """int8, float8_e4m3fn or float8_e5m2 in bfloat16 or float16, exactly; a 16-bit `x` is itself.
+
+    float8 takes one cvt for two numbers to float16, int8 on Hopper prmt, two masks and a subtraction for two numbers to
+    bfloat16. An integer's own conversion is a quarter as fast as an addition: other int8 is added to the last bits of
+    1.5 * 2^23.
+    """
+    if x.dtype == dtype:
+        return x
+    if x.dtype != jnp.int8:
+        return x.astype(jnp.float16) if dtype == jnp.float16 else x.astype(jnp.float32).astype(dtype)
+    if dtype == jnp.bfloat16 and device_lib.current().arch == "sm90":
+        return x.astype(dtype)
+    offset = 1.5 * 2**23
+    bits = x.astype(jnp.int32) + np.float32(offset).view(np.int32)
+    return (lax.bitcast_convert_type(bits, jnp.float32) - offset).astype(dtype)
 
 
 class Tma:
@@ -127,15 +147,17 @@ def cost_option(flops: int, transcendentals: int, bytes_accessed: int) -> dict[s
     return {"cost_estimate": cost}
 
 
-def swizzle_bytes(width: int) -> int:
-    """Bytes of a swizzled row: the widest that divides `width` 16-bit elements. ldmatrix then meets no bank twice."""
-    return next(swizzle for swizzle in (128, 64, 32) if 2 * width % swizzle == 0)
+def swizzle_bytes(width: int, itemsize: int = 2) -> int:
+    """Bytes of a swizzled row, of the widest of 64, 32 and 16 elements that divides `width`. ldmatrix meets no bank
+    twice, nor do threads that read 2 or 8 bytes of an 8-bit tile where they would read 4 or 16 of a 16-bit one."""
+    return itemsize * next(columns for columns in (64, 32, 16) if width % columns == 0)
 
 
 def tile_memory(*shape: int, dtype, depth: int | None = None) -> Any:
-    """Shared memory for a tile (or several) of a 16-bit dtype, swizzled for ldmatrix and wgmma. `depth` is the size
+    """Shared memory for a tile (or several), swizzled for ldmatrix and wgmma (those of 16 bits). `depth` is the size
     of the axis that a wgmma sums over, if it is not the last: it has to be whole swizzled tiles, too."""
-    swizzle = swizzle_bytes(shape[-1] if depth is None else math.gcd(shape[-1], depth))
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = swizzle_bytes(shape[-1] if depth is None else math.gcd(shape[-1], depth), itemsize)
     tiling: Any = plgpu.TilingTransform
     swizzling: Any = plgpu.SwizzleTransform
-    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, swizzle // 2)), swizzling(swizzle)))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, swizzle // itemsize)), swizzling(swizzle)))

@@ -4,6 +4,8 @@
 import dataclasses
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call
 from pallas_kernels.core.tpu import LANES, VMEM_BYTES, padded_bytes, round_up, sublanes
@@ -30,7 +32,7 @@ class MosaicGpuConfig:
 
     Attributes:
       block_k: keys of a chunk.
-      stages: how many chunks of keys, and of values, shared memory holds.
+      stages: how many chunks of keys, and of values, shared memory holds, in the cache's dtype.
       num_splits: in how many pieces the keys of a sequence are cut, if the call does not say.
       cluster: so many splits, or fewer, are one cluster on Hopper and need no second kernel to add them up.
     """
@@ -153,22 +155,27 @@ _SMEM_BYTES = {"sm80": 160 * 2**10, "sm90": 220 * 2**10}
 
 def _mosaic_gpu(call: Call, device: Device) -> MosaicGpuConfig:
     """One block a multiprocessor, with as many chunks in flight as it has room for, where sequences and key heads come
-    out even; else two blocks share one, and the fewest splits that leave less than a tenth of the places empty."""
+    out even; else two blocks share one, and the fewest splits that leave less than a tenth of the places empty. Caches
+    of 8 bits always have two, since to widen a chunk takes more than half the time of its bytes: one does while one
+    waits."""
     s, S, num_sms = call.sizes, call.option("S"), device.num_cores or 132
-    block_k, bytes_each = 64, 2 * 64 * (s["H"] + s["Hv"])
+    itemsize = jnp.dtype(call.arguments[1].dtype).itemsize
+    block_k, bytes_each = 64, itemsize * 64 * (s["H"] + s["Hv"])
     planes = s["B"] * s["K"]
-    alone = planes <= num_sms and num_sms % planes < num_sms // 10
+    even = planes <= num_sms and num_sms % planes < num_sms // 10
+    blocks = 1 if even and itemsize == 2 else 2
     most = max(1, -(-S // (2 * block_k)))  # each split has two chunks, at least
-    if alone:
-        splits = num_sms // planes
+    if even:
+        splits = blocks * num_sms // planes
     else:
 
         def filled(splits: int) -> float:
-            return planes * splits / (2 * num_sms) / -(-planes * splits // (2 * num_sms))
+            return planes * splits / (blocks * num_sms) / -(-planes * splits // (blocks * num_sms))
 
         splits = next((n for n in range(1, most) if filled(n) > 0.9), max(range(1, most + 1), key=filled))
-    # Queries, weights and sums take up to 14 KB.
-    room = _SMEM_BYTES.get(device.arch or "", 96 * 2**10) // (1 if alone else 2) - 14 * 2**10
+    # Queries, weights and sums take up to 14 KB, values in 16 bits what they take.
+    others = 14 * 2**10 + (0 if itemsize == 2 else 2 * block_k * s["Hv"])
+    room = _SMEM_BYTES.get(device.arch or "", 96 * 2**10) // blocks - others
     return MosaicGpuConfig(block_k, max(2, min(6, room // bytes_each)), max(1, min(most, splits)))
 
 

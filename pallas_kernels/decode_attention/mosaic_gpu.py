@@ -10,6 +10,7 @@ few queries, R = T * G rows padded to a multiple of 16, are the narrow ones:
     chunk     P^T         = exp2(S^T - m)                       m: the maximum of the split so far, or phi
               O^T [Hv, R] = O^T exp2(m_before - m) + V^T P      P goes through shared memory, 1 KB
 
+Slots hold the cache's own dtype. 8-bit keys are widened in registers, values by way of one 16-bit tile.
 With an asynchronous softmax nothing depends on a maximum: warps do not wait for each other's, and O^T is not rescaled.
 A split in which a logit is out of bounds does its keys again, with the online softmax.
 Splits leave O^T, m and the sum of exponentials, and are added up in order. On Hopper they are a cluster, and each adds
@@ -31,7 +32,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.core import cluster
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
-from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, product, store, swizzle_bytes, tile_memory
+from pallas_kernels.core.mma import (
+    Ring,
+    copies_of_device,
+    cost_option,
+    product,
+    store,
+    swizzle_bytes,
+    tile_memory,
+    widen,
+)
 from pallas_kernels.core.softmax import UnifiedMax
 from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import MosaicGpuConfig
@@ -47,8 +57,11 @@ def supports(call: Call, device: Device) -> Refusal | None:
     s, dtype = call.sizes, call.arguments[0].dtype
     if dtype not in ("bfloat16", "float16"):
         return Refusal(f"its tensor-core products take bfloat16 and float16, not {dtype}; cast the inputs")
-    if call.arguments[1].dtype != dtype:
-        return Refusal(f"it reads caches of the query's dtype, not of {call.arguments[1].dtype}")
+    cache = call.arguments[1].dtype
+    if cache.startswith("float8") and device.arch not in ("sm89", "sm90"):
+        return Refusal(
+            f"{device.arch} has no instruction that converts {cache}; Ada and Hopper have, and int8 needs none"
+        )
     if dtype == "float16" and call.option("unified_max") is not None:
         return Refusal("an asynchronous softmax has weights beyond the range of float16; use bfloat16")
     rows = s["T"] * s["N"] // s["K"]
@@ -56,6 +69,8 @@ def supports(call: Call, device: Device) -> Refusal | None:
         return Refusal(f"T * N / K = {rows} rows share a key, and it has room for 64; flash_attention takes more")
     if s["H"] % 16 or s["Hv"] % 64 or max(s["H"], s["Hv"]) > 256:
         return Refusal(f"head dims H={s['H']}, Hv={s['Hv']}; it takes multiples of 16 and of 64, up to 256")
+    if cache != dtype and s["H"] % 32:
+        return Refusal(f"head dim H={s['H']} of a cache of {cache}; of 8 bits it takes multiples of 32")
     if (page := s.get("page")) and (page % 8 or (page < 64 and 64 % page) or (page > 64 and page % 64)):
         return Refusal(f"pages of {page} keys; it takes 8, 16, 32 and multiples of 64")
     if page and device.arch != "sm90" and any(page // 8 * (2 * h // swizzle_bytes(h)) % 4 for h in (s["H"], s["Hv"])):
@@ -232,6 +247,7 @@ def _splits(
     B, K, _, H = rows.shape
     Hv = cache.value.shape[3]
     C, stages, dtype, copies = config.block_k, config.stages, rows.dtype, copies_of_device()
+    narrow = cache.value.dtype != dtype  # of 8 bits
     whole = copies.fill and splits <= config.cluster  # the splits of a head are one cluster, or there is one
     # Copies of Hopper fill rows that are not there by 0, if a tile of 8 begins where they do.
     filled = copies.fill and (T * G < 8 or T * G % 8 == 0)
@@ -262,6 +278,7 @@ def _splits(
         k,
         v,
         p,
+        wide: Any = None,
         arrived: Any = None,
         q_arrived: Any = None,
         acc_smem: Any = None,
@@ -329,7 +346,7 @@ def _splits(
             x = zeros(C, R)
             for i, queries in enumerate(held):
                 keys = plgpu.load(k.at[slot, :, pl.ds(64 * i, queries.shape[0])], layout=left)
-                x = plgpu.mma(x, keys, queries)
+                x = plgpu.mma(x, widen(keys, dtype), queries)
             if not held:
                 x = product(x, k.at[slot], q)
             if soft_cap is None:
@@ -346,9 +363,16 @@ def _splits(
             seen = (number <= position) & (number < length)
             return seen if window is None else seen & (number > position - window)
 
+        def widen_values(slot: Any) -> None:
+            """ldmatrix transposes only 16-bit numbers. 8 adjacent a thread, read or written, meet no bank twice."""
+            for key in range(0, C, 64):
+                keys = pl.ds(key, 64)
+                layout = plgpu.Layout.SMEM_GMEM_COPY((64, Hv), dtype, swizzle=swizzle_bytes(Hv))
+                wide.at[keys][...] = widen(plgpu.load(v.at[slot, keys], layout=layout), dtype)
+
         def values_of(slot: Any, first_key: Any) -> jax.Array:
             """V^T. What lies behind the last key may be anything, and 0 times it must be 0."""
-            x = plgpu.load(v.at[slot].transpose((1, 0)), layout=left)
+            x = plgpu.load((wide if narrow else v.at[slot]).transpose((1, 0)), layout=left)
             column = plgpu.broadcasted_iota(jnp.int32, (Hv, C), 1, layout=left)
             return lax.cond(
                 first_key + C > length,
@@ -361,6 +385,8 @@ def _splits(
             ring.start(step + stages - 1, live)
             slot, first_key = lax.rem(step, stages), (first + step) * C
             ring.wait(step, len(parts) * (stages - 1), step + stages - 1 < live)
+            if narrow:
+                widen_values(slot)
             x, seen = logits(slot), visible(first_key)
             if asynchronous:
                 assert bounds is not None
@@ -453,8 +479,9 @@ def _splits(
     sums = jax.ShapeDtypeStruct((B, K, splits, R), jnp.float32)
     scratch = {
         "q": tile_memory(R, H, dtype=dtype),
-        "k": tile_memory(stages, C, H, dtype=dtype),
-        "v": tile_memory(stages, C, Hv, dtype=dtype),
+        "k": tile_memory(stages, C, H, dtype=cache.key.dtype),
+        "v": tile_memory(stages, C, Hv, dtype=cache.value.dtype),
+        "wide": tile_memory(C, Hv, dtype=dtype) if narrow else None,
         "p": tile_memory(C, R, dtype=dtype),
         "arrived": copies.barrier(2 * pieces, stages),
         "q_arrived": copies.barrier(1),
@@ -479,6 +506,6 @@ def _splits(
         **cost_option(
             flops=2 * B * K * R * cache.S * (H + Hv),
             transcendentals=B * K * R * cache.S,
-            bytes_accessed=B * K * cache.S * (H + Hv) * 2,
+            bytes_accessed=B * K * cache.S * (H + Hv) * cache.key.dtype.itemsize,
         ),
     )(*operands)

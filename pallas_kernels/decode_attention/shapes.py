@@ -129,4 +129,12 @@ SHAPES: dict[str, Shape] = {
         for B, S in ((1, 2048), (1, 32768), (8, 8192), (64, 8192))
         for page in (0, 16, 64)
     },
+    **{
+        f"batch_{B}_{S // 1024}k{f'_page_{page}' if page else ''}_{name}": Shape(
+            B, S, 32, 8, 128, page=page, lengths=(S,) * B, cache=cache
+        )
+        for name, cache in (("int8", "int8"), ("fp8", "float8_e4m3fn"))
+        for B, S in ((1, 32768), (8, 8192), (64, 8192))
+        for page in (0, 16)
+    },
 }

@@ -116,7 +116,15 @@ def _decode_attention(implementation: str, shape: str, dtype: str, compiling: Co
     return jax.jit(lambda *arrays: decode_attention(**fill(arrays), implementation=implementation)), arrays
 
 
-_DECODE = ("paged_window_sink", "batch_1_2k", "batch_64_8k", "batch_8_8k_page_16", "drafted_4_8k", "asynchronous_8k")
+_DECODE = {
+    **dict.fromkeys(
+        ("paged_window_sink", "batch_1_2k", "batch_64_8k", "batch_8_8k_page_16", "drafted_4_8k", "asynchronous_8k"),
+        AMPERE + HOPPER,
+    ),
+    # Widened on the way; float8 where there is an instruction for it.
+    **dict.fromkeys(("batch_8_8k_int8", "batch_64_8k_page_16_int8"), AMPERE + HOPPER),
+    **dict.fromkeys(("batch_8_8k_fp8", "batch_64_8k_page_16_fp8", "fp8_160"), HOPPER),
+}
 
 # What takes a path of its own on a TPU: one block a chunk, pages put together, an odd number of heads, many queries,
 # windows and sinks, asynchronous softmax with its second pass, splits, quantized caches.
@@ -326,11 +334,11 @@ CASES: tuple[Case, ...] = (
     *(
         Case(
             f"decode_attention/{name}",
-            AMPERE + HOPPER,
+            targets,
             functools.partial(_decode_attention, "mosaic_gpu", name, "bfloat16"),
             hot=True,
         )
-        for name in _DECODE
+        for name, targets in _DECODE.items()
     ),
     *(
         Case(

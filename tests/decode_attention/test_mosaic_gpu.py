@@ -34,6 +34,10 @@ CASES = {
     "window": (SHAPES["paged_window_sink"], MosaicGpuConfig(num_splits=7, cluster=1)),
     "scaled": (Shape(2, 136, 4, 2, 64, cache="bfloat16"), MosaicGpuConfig()),
     "asynchronous": (Shape(3, 256, 8, 2, 64, extras=("sink", "phi"), options=(("scale", 0.1),)), MosaicGpuConfig()),
+    "int8": (SHAPES["int8_160"], MosaicGpuConfig(stages=2, num_splits=2, cluster=1)),
+    "float8_asynchronous": (SHAPES["fp8_160"], MosaicGpuConfig()),
+    "float8_wide_chunks": (Shape(2, 136, 4, 1, 96, 128, cache="float8_e5m2"), MosaicGpuConfig(128, 2)),
+    "int8_float16": (Shape(2, 136, 4, 2, 64, page=8, cache="int8"), MosaicGpuConfig()),
 }
 
 
@@ -41,21 +45,25 @@ def call(arguments, config, **options):
     return decode_attention(**arguments, return_lse=True, implementation="mosaic_gpu", config=config, **options)
 
 
-LATER = ("wide_heads", "drafted", "pages_of_128", "scaled")  # 6 to 10 s each
+LATER = ("wide_heads", "drafted", "pages_of_128", "scaled", "float8_wide_chunks", "int8_float16")  # 6 to 10 s each
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in CASES])
 def test_hopper(name):
     shape, config = CASES[name]
-    arguments = shape.make("bfloat16", jax.random.key(0))
+    arguments = shape.make("float16" if name.endswith("float16") else "bfloat16", jax.random.key(0))
     with device.assume(HOPPER), interpreters.mosaic_gpu():
         conformance.assert_agrees(
             functools.partial(call, config=config), specified, naively, arguments, gradients=False
         )
 
 
-def test_what_nobody_sees_may_be_anything():
-    shape = Shape(3, 200, 8, 2, 64, lengths=(0, 70, 200))
+WIDENED = pytest.mark.parametrize("cache", ["", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)])
+
+
+@WIDENED
+def test_what_nobody_sees_may_be_anything(cache):
+    shape = Shape(3, 200, 8, 2, 64, lengths=(0, 70, 200), cache=cache)
     arguments = shape.make("bfloat16", jax.random.key(2))
     beyond = jnp.arange(200)[None, :, None, None] >= arguments["lengths"][:, None, None, None]
     dirty = {name: jnp.where(beyond, jnp.nan, arguments[name]) for name in ("key", "value")}
@@ -66,10 +74,14 @@ def test_what_nobody_sees_may_be_anything():
             np.testing.assert_array_equal(a, b)
 
 
-def test_rows_out_of_bounds_are_computed_again():
+@WIDENED
+def test_rows_out_of_bounds_are_computed_again(cache):
     """One key far above, which two heads share, and one row far below."""
-    arguments = Shape(3, 192, 4, 2, 64, lengths=(192, 150, 192)).make("bfloat16", jax.random.key(4))
-    key = arguments["key"].at[0, 100, 1].set(60 * jnp.sign(arguments["query"][0, 2]))
+    arguments = Shape(3, 192, 4, 2, 64, lengths=(192, 150, 192), cache=cache).make("bfloat16", jax.random.key(4))
+    key = arguments["key"] * (0.05 if cache else 1)  # of the size of a query
+    key = key.at[0, 100, 1].set((60 * jnp.sign(arguments["query"][0, 2])).astype(key.dtype))
+    if cache:
+        arguments["key_scale"] = jnp.ones(2)
     arguments |= {"key": key, "query": arguments["query"].at[1, 3].multiply(40)}
     with device.assume(HOPPER), interpreters.mosaic_gpu():
         *got, stats = call(
@@ -127,7 +139,8 @@ def test_types_inside_shard_map():
             "pages of 24 keys; it takes 8, 16, 32 and multiples of 64",
         ),
         (SHAPES["paged_16"], "bfloat16", AMPERE, "pages of 16 keys; four warps of sm80 copy them together"),
-        (SHAPES["int8_160"], "bfloat16", HOPPER, "it reads caches of the query's dtype, not of int8"),
+        (SHAPES["fp8_160"], "bfloat16", AMPERE, "sm80 has no instruction that converts float8_e4m3fn"),
+        (Shape(1, 64, 2, 1, 80, 64, cache="int8"), "bfloat16", HOPPER, "head dim H=80 of a cache of int8"),
         (Shape(1, 64, 70, 1, 64), "bfloat16", HOPPER, "T * N / K = 70 rows share a key, and it has room for 64"),
     ],
 )
