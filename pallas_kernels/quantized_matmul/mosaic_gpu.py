@@ -18,6 +18,7 @@ Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, sections 2 and 3.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -74,9 +75,10 @@ def forward(
     M, hopper, parts = len(x), copies_of_device().fill, parts_of(activation)
     if not hopper and config.num_splits > 1:
         raise ValueError(f"quantized_matmul: num_splits takes the clusters of Hopper, got {config}.")
-    if not hopper:
-        x = jnp.pad(x, ((0, -M % 8), (0, 0)))
     at = _Digits(weight, config.centered) if isinstance(weight, MixedBitWeight) else _Codes(weight)
+    if not hopper:
+        # Four warps copy as many tiles of 8 rows and 64 inputs each by cp.async.
+        x = jnp.pad(x, ((0, -M % (8 * 4 // math.gcd(4, config.chunks * at.inputs // 64))), (0, 0)))
     if isinstance(at, _Codes) and at.chunks_of_group % config.chunks and at.chunks_of_group > 1:
         raise ValueError(f"quantized_matmul: a group is {at.chunks_of_group} chunks, which {config} does not divide.")
     N = weight.shape[1]

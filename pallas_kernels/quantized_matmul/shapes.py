@@ -187,6 +187,12 @@ SHAPES: dict[str, Shape] = {
     "int8_rows_8": Shape(8, 48, 160, "int8", activation_bits=8, bias=True),
     "int4_3": Shape(3, 33, 300, "int4", activation="gelu"),
     "int2_17": Shape(17, 16, 100, "int2", activation="swiglu"),
+    # What kernels take: whole chunks and tiles.
+    "digits_8": Shape(8, 128, 512, activation="silu", bias=True),
+    "digits_swiglu_8": Shape(8, 256, 768, activation="swiglu", bias=True),
+    "digits_24": Shape(24, 128, 512),
+    "codes_4_8": Shape(8, 128, 512, "int4", bias=True),
+    "codes_8_3": Shape(3, 128, 512, "int8", activation="gelu", bias=True),
     # Large: for benchmarks.
     **{
         f"{model}_{layer}_{scheme}_m{M}": Shape(M, N, K, scheme)

@@ -155,6 +155,29 @@ _GEMM_GPU = {
 }
 
 
+# Planes of digits whose inputs splits share, many rows, zeros taken out of each weight, a gate; codes of 4 and 8 bits.
+_QUANTIZED_GPU = (
+    "llama2_7b_out_mixed_2_4_m1",
+    "llama2_7b_gate_up_mixed_2_4_m8",
+    "llama2_7b_gate_up_mixed_2_4_m16",
+    "llama2_70b_qkv_mixed_2_4_m64",
+    "digits_swiglu_8",
+    "llama2_7b_down_int4_m8",
+    "llama2_7b_gate_up_int4_m64",
+    "llama2_7b_out_int8_m8",
+)
+
+
+def _quantized_matmul(shape: str, compiling: Compiling):
+    import jax
+
+    from pallas_kernels import quantized_matmul
+    from pallas_kernels.quantized_matmul.shapes import SHAPES
+
+    arrays, fill = _arrays_of(SHAPES[shape].abstract("bfloat16"), compiling)
+    return jax.jit(lambda *arrays: quantized_matmul(**fill(arrays), implementation="mosaic_gpu")), arrays
+
+
 def _flat_gemm(implementation: str, shape: str, dtype: str, compiling: Compiling):
     import jax
 
@@ -356,6 +379,15 @@ CASES: tuple[Case, ...] = (
             hot=True,
         )
         for shape, everywhere in _GEMM_GPU.items()
+    ),
+    *(
+        Case(
+            f"quantized_matmul/mosaic_gpu/{shape}",
+            AMPERE + HOPPER,
+            functools.partial(_quantized_matmul, shape),
+            hot=True,
+        )
+        for shape in _QUANTIZED_GPU
     ),
     *(
         Case(f"flat_gemm/mosaic_tpu/{shape}", TPUS, functools.partial(_flat_gemm, "mosaic_tpu", shape, dtype))

@@ -2,6 +2,7 @@
 """Every implementation of quantized_matmul against the specification."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -29,8 +30,9 @@ def released(arguments):
 class TestQuantizedMatmul(conformance.Suite):
     function = staticmethod(pallas_kernels.quantized_matmul)
     shapes = SHAPES
-    implementations = ("xla",)
-    probe = "mixed_5"
+    implementations = ("xla", "mosaic_gpu")
+    probe = "digits_8"
+    probe_dtypes: ClassVar = {"mosaic_gpu": "bfloat16"}
     slow_dtypes = frozenset({"float16"})
 
     def call(self, arguments, implementation):

@@ -7,7 +7,7 @@ import functools
 import jax
 import pytest
 
-from pallas_kernels import quantized_matmul
+from pallas_kernels import UnsupportedError, quantized_matmul
 from pallas_kernels.core import device
 from pallas_kernels.quantized_matmul.config import MosaicGpuConfig
 from pallas_kernels.quantized_matmul.reference import naively, specified
@@ -32,7 +32,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+LATER = ("mixed", "mixed_few", "mixed_centered")  # 10 to 20 s each
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LATER else n for n in CASES])
 def test_hopper(name):
     shape, config = CASES[name]
     arguments = shape.make("bfloat16", jax.random.key(0))
@@ -43,3 +46,51 @@ def test_hopper(name):
 
 def _call(arguments, config):
     return quantized_matmul(**arguments, implementation="mosaic_gpu", config=config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [
+        *CASES.values(),
+        (Shape(8, 192, 2048), MosaicGpuConfig(chunks=1, num_splits=4)),
+        (Shape(1, 128, 1024, "int4"), MosaicGpuConfig(num_splits=2)),
+        (Shape(40, 256, 768, activation="swiglu"), MosaicGpuConfig(chunks=1, num_splits=2, stages=2, centered=True)),
+    ],
+    ids=str,
+)
+def test_on_a_gpu(shape, config):
+    arguments = shape.make("bfloat16", jax.random.key(0))
+    call = functools.partial(_call, config=config)
+    conformance.assert_agrees(call, specified, naively, arguments, gradients=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "on", "why"),
+    [
+        (Shape(8, 128, 256), "float32", HOPPER, "it makes bfloat16 of weights, and x is float32; cast it"),
+        (Shape(65, 128, 256), "bfloat16", HOPPER, "M=65 rows; it takes 64, and more are faster on weights decoded once"),
+        (Shape(8, 72, 256), "bfloat16", HOPPER, "K=256 and O=72 features; it takes multiples of 16 and 16 on sm90"),
+        (Shape(8, 128, 320), "bfloat16", AMPERE, "K=320 and O=128 features; it takes multiples of 256 and 64 on sm80"),
+        (Shape(8, 128, 256, "int2"), "bfloat16", HOPPER, 'it takes 2 bits as part of scheme="mixed_2_4" only'),
+        (Shape(8, 128, 256, outliers=2), "bfloat16", HOPPER, "it does not add outliers"),
+        (Shape(8, 128, 256, "int8", activation_bits=8), "bfloat16", HOPPER, "it multiplies in bfloat16, not in integers"),
+        (Shape(8, 128, 256), "bfloat16", device.CPU, "it is for NVIDIA GPUs of Ampere, Ada and Hopper"),
+    ],
+)
+def test_refusals(shape, dtype, on, why):
+    with device.assume(on), pytest.raises(UnsupportedError) as error:
+        quantized_matmul(**shape.make(dtype, jax.random.key(0)), implementation="mosaic_gpu")
+    assert why in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "on", "config", "message"),
+    [
+        (Shape(8, 64, 256), AMPERE, MosaicGpuConfig(chunks=1, num_splits=2), "num_splits takes the clusters of Hopper"),
+        (Shape(8, 64, 256, "int4", group_size=256), HOPPER, MosaicGpuConfig(chunks=4), "a group is 2 chunks"),
+    ],
+)
+def test_configurations_that_do_not_fit(shape, on, config, message):
+    with device.assume(on), pytest.raises(ValueError, match=message):
+        _call(shape.make("bfloat16", jax.random.key(0)), config)
