@@ -6,7 +6,8 @@
 Two tables. The first compares the second-order zero of the paper (Fast 2-bit LLM, section 2.2) with leaving it out: 16
 scales of a block are rounded to 4 bits in each way, without any search, and weights are rounded with them. The second
 has what `quantize` makes; its bits are those of all bytes, and padding is much of a narrow matrix (576 inputs are 36
-strips, stored as 48), unless scales are clipped: then those of the packed form. Needs no accelerator. SmolLM2's file has weights of 4 bits in groups of 32 already: read little into its 4-bit errors.
+strips, stored as 48), unless scales are clipped: then those of the packed form. Needs no accelerator. SmolLM2's file
+has weights of 4 bits in groups of 32 already: read little into its 4-bit errors.
 """
 
 import argparse

@@ -36,6 +36,7 @@ CALLS = {
     "flash_attention": ("llama2_7b_prefill_4k", "head_dims_192_128", "vit_b16_224"),
     "decode_attention": ("batch_8_8k_page_16", "int8_160"),
     "flat_gemm": ("llama2_7b_qkv_m1", "llama2_7b_qkv_m128"),
+    "quantized_matmul": ("llama2_7b_qkv_mixed_2_4_m1", "llama2_7b_qkv_int8_m8"),
 }
 
 

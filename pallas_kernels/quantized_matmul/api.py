@@ -42,11 +42,11 @@ def quantized_matmul(
 
     >>> import jax, jax.numpy as jnp
     >>> from pallas_kernels import quantize, quantized_matmul
-    >>> w = jax.random.normal(jax.random.key(0), (512, 256)) / 16                     # [K, N]
+    >>> w = jax.random.normal(jax.random.key(0), (2048, 256)) / 16                    # [K, N]
     >>> weight = quantize(w, "mixed_2_4")
     >>> round(weight.bits_per_weight, 2)
-    3.14
-    >>> quantized_matmul(jnp.ones((4, 1, 512), jnp.bfloat16), weight).shape
+    2.88
+    >>> quantized_matmul(jnp.ones((4, 1, 2048), jnp.bfloat16), weight).shape
     (4, 1, 256)
 
     Args:
