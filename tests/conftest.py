@@ -30,9 +30,12 @@ def pytest_configure(config: pytest.Config) -> None:
         if jax.default_backend() != "gpu":
             raise pytest.UsageError(f"-m gpu needs a CUDA device, but JAX runs on {jax.default_backend()!r}")
     else:
-        # The variable is for programs that tests start; they get one CPU device unless they ask for more.
+        # The variables are for programs that tests start, too; those get one CPU device unless they ask for more.
         os.environ["JAX_PLATFORMS"] = "cpu"
         jax.config.update("jax_platforms", "cpu")
+        # Most tests compile for longer than they run.
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        jax.config.update("jax_disable_most_optimizations", True)
         jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
 
 

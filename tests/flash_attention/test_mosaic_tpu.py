@@ -50,6 +50,7 @@ def assert_right(arguments, config) -> None:
 @pytest.mark.usefixtures("interpreted")
 class TestMosaicTpu(test_conformance.TestFlashAttention):
     implementations = ("mosaic_tpu",)
+    slow_dtypes = frozenset({"float32"})  # the same tiles as bfloat16's
     on_gpu = False  # the interpreter's float32 products are those of a CPU
 
     def test_shard_map(self, implementation, monkeypatch):
