@@ -23,7 +23,7 @@ from pallas_kernels.quantized_matmul.shapes import GROUP_SIZES, Scheme
 from pallas_kernels.quantized_matmul.weights import STRIP, IntWeight, MixedBitWeight, Outliers, Plane, Weight
 
 OP = "quantize"
-LARGEST_WEIGHT = 2.0**100
+LARGEST_WEIGHT = 2.0**60  # its square, summed, is still a float32
 FOUR_BIT_FRACTION = 1 / 8
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to all of it
 Ranking = Literal["range", "error", "hessian", "random"]
@@ -202,15 +202,17 @@ def _mixed(
     N, index = w.shape[1], np.flatnonzero(four)
     tail_index = np.zeros(round_up(len(index), CHUNK), np.int32)
     tail_index[: len(index)] = index
-    main = _plane(codes, stored, jnp.asarray(four), N, high=True)
-    low = jax.tree.map(lambda x: x[index], (codes, stored))
-    tail = _plane(*low, jnp.ones(len(index), bool), N, high=False)
+    main = _plane(codes, stored, jnp.asarray(four), jnp.ones(len(four), bool), N, high=True)
+    low = jax.tree.map(lambda x: x[tail_index], (codes, stored))
+    real = jnp.arange(len(tail_index)) < len(index)
+    tail = _plane(*low, jnp.ones(len(tail_index), bool), real, N, high=False)
     return MixedBitWeight(main, tail, jnp.asarray(tail_index), (w.shape[0], N), outliers)
 
 
 @functools.partial(jax.jit, static_argnames=("N", "high"))
-def _plane(codes: jax.Array, stored: fit_lib.TwoOrders, four: jax.Array, N: int, high: bool) -> Plane:
-    """A plane of strips with codes [S, 16, N']. Of those with 4 bits it gets the high or the low digits:
+def _plane(codes: jax.Array, stored: fit_lib.TwoOrders, four: jax.Array, real: jax.Array, N: int, high: bool) -> Plane:
+    """A plane of strips with codes [S, 16, N'], those that are `real`. Of those with 4 bits it gets the high or the low
+    digits:
 
     q - z = 4 (q // 4 - z // 4) + (q % 4 - z % 4), and the 4 goes into the step.
     """
@@ -218,7 +220,8 @@ def _plane(codes: jax.Array, stored: fit_lib.TwoOrders, four: jax.Array, N: int,
     digits = jnp.where(four[:, None, None], take(codes), codes)
     zeros = jnp.where(four[:, None], take(stored.zeros), stored.zeros)
     steps = jnp.where(four[:, None] & high, 4 * stored.steps, stored.steps)
-    scale_codes = jnp.where(jnp.arange(codes.shape[2]) < N, stored.scale_codes, 0)  # 0 in the rows of padding
+    # Padding has 0.
+    scale_codes = jnp.where(real[:, None] & (jnp.arange(codes.shape[2]) < N), stored.scale_codes, 0)
     words = packing.to_words(jnp.moveaxis(digits, 1, 2), 2)
     words, scale_codes, zeros, steps = (
         jnp.pad(x, ((0, -len(x) % CHUNK), (0, 0))).T for x in (words, scale_codes, zeros, steps)
@@ -305,7 +308,7 @@ def _checked(w: Any) -> jax.Array:
     if bad := int(_count_bad(array)):
         k, n = np.argwhere(~(np.abs(array) <= LARGEST_WEIGHT))[0]
         raise ValueError(
-            f"{OP}: {bad} of {array.size} weights are not finite or above 2^100 in size, the first at "
+            f"{OP}: {bad} of {array.size} weights are not finite or above 2^60 in size, the first at "
             f"[k={k}, n={n}]: {array[k, n]}."
         )
     return array
@@ -336,6 +339,7 @@ def _rounding(hessian: Any, K: int) -> Callable:
     compensated(w, special, fit, hessian), which returns what `fit.plainly` does."""
     if hessian is None:
         return fit_lib.plainly
+    checked = jnp.asarray(_checked_hessian(hessian, K))
     try:
         from pallas_kernels.quantized_matmul import gptq  # type: ignore[attr-defined]
     except ImportError:
@@ -343,4 +347,4 @@ def _rounding(hessian: Any, K: int) -> Callable:
             f"{OP}: hessian= asks for error compensation, which this version does not have (gptq.py); leave it out, or "
             'rank strips by choose_strips(w, "hessian", hessian=...) and pass the result as strips='
         ) from None
-    return functools.partial(gptq.compensated, hessian=jnp.asarray(_checked_hessian(hessian, K)))
+    return functools.partial(gptq.compensated, hessian=checked)
