@@ -36,7 +36,7 @@ from models.decoder import Decoder
 from pallas_kernels.quantized_matmul.quantize import packed_bits_per_weight
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("variant", "bits", "stored_bits", "kjv", "python", "nats_more", "seconds", "commit")
+COLUMNS: tuple[str, ...] = ("variant", "bits", "stored_bits", "kjv", "python", "nats_more", "seconds", "commit")
 TEXTS = ("kjv", "python")
 
 
