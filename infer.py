@@ -46,7 +46,7 @@ def define_flags() -> flags.FlagValues:
     def define(kind: str, name: str, *arguments: Any, **options: Any) -> None:
         getattr(flags, f"DEFINE_{kind}")(name, *arguments, flag_values=values, **options)
 
-    define("string", "checkpoint", "smollm2", "What to load: smollm2, a Hugging Face folder, or a .gguf file.")
+    define("string", "checkpoint", "smollm2", "smollm2, a folder (Hugging Face or models.compress), or a .gguf file.")
     define("string", "prompt", None, "Text to continue, or with --chat to answer.")
     define("string", "prompt_file", None, "File of prompts: one a line, or .jsonl with a key named prompt.")
     define("bool", "chat", None, "Apply the model's chat template; by default only in a conversation.")

@@ -79,7 +79,9 @@ class Subject:
     def load(cls, checkpoint: str, rows: int, length: int) -> "Subject":
         """`rows` rows of `length` tokens to calibrate with, and as many to score; each is one document's beginning."""
         model, tokenizer = load_model(checkpoint)
-        decoder = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(x.dtype), Decoder.from_model(model))
+        decoder = jax.tree.map(
+            lambda x: x.astype(jnp.bfloat16).astype(x.dtype), Decoder.from_model(model, fold_norms=False)
+        )
         calibration, scored = [], {}
         for name in TEXTS:
             documents = load_documents(name, tokenizer, vocab_size=model.config.vocab_size)
@@ -131,7 +133,7 @@ def read(file: Path) -> dict[str, dict[str, str]]:
         return {row["variant"]: row for row in csv.DictReader(opened)}
 
 
-def write(file: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def write(file: Path, rows: Mapping[str, dict[str, Any]]) -> None:
     with file.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quantization_quality", description=__doc__)
     parser.add_argument("--checkpoint", default="smollm2", help="smollm2, a Hugging Face folder, or a .gguf file")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas")
-    parser.add_argument("--rows", type=int, default=6, help="documents of each text: every other one calibrates")
+    parser.add_argument("--rows", type=int, default=8, help="documents of each text: every other one calibrates")
     parser.add_argument("--length", type=int, default=512, help="tokens of a document")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args(argv)

@@ -13,8 +13,8 @@ product on inputs that occur, and those come from real text. The text runs throu
 
 so every weight is fitted to what the quantized weights in front of it, those of its own layer too, make of the text.
 Four weights of a layer are quantized, as the decoder multiplies them: query, key and value in one, the output
-projection, gate and up in one, and down, with the scales of the norms in them. Embedding, output projection to the
-vocabulary, other norms and biases stay as they are.
+projection, gate and up in one, and down. Embedding, output projection to the vocabulary, norms and biases stay as they
+are.
 """
 
 from __future__ import annotations
@@ -76,13 +76,15 @@ def compress(decoder: Decoder, rows: Sequence[Mapping[str, np.ndarray]], recipe:
     """The decoder with quantized weights; shows a progress bar on a terminal.
 
     Args:
-      decoder: float32 is best, for the text that runs through it. It is left as it is.
+      decoder: made with fold_norms=False; float32 is best, for the text that runs through it. It is left as it is.
       rows: of `models.data.PackedRows`, the text.
 
     Raises:
       ValueError: options that `quantize` refuses; weights or inputs that are not finite, with the layer's number.
     """
     config = decoder.config
+    if any(weights.attention_norm is None or weights.mlp_norm is None for weights in decoder.layers):
+        raise ValueError("compress: the scales of norms must be apart: Decoder.from_model(model, fold_norms=False)")
     options = Options(config, decoder.implementation, decoder.gemm_implementation)
     texts = [_Text.of(decoder, row) for row in rows]
     layers = []
@@ -99,18 +101,16 @@ def compress(decoder: Decoder, rows: Sequence[Mapping[str, np.ndarray]], recipe:
             return dataclasses.replace(weights, **{name: weight})
 
         for weights in decoder.layers:
-            weights = quantized(weights, "qkv", [_normed(options, text.x) for text in texts])
+            weights = quantized(weights, "qkv", [_normed(options, text.x, weights.attention_norm) for text in texts])
             attended = [_attended(options, weights, text.x, text.rope, text.mask) for text in texts]
             weights = quantized(weights, "out", attended)
             texts = [
                 text.after(_product(options, h, weights.out, bias=weights.out_bias, residual=text.x))
                 for text, h in zip(texts, attended, strict=True)
             ]
-            weights = quantized(weights, "gate_up", [_normed(options, text.x) for text in texts])
-            inner = [
-                _product(options, text.x, weights.gate_up, activation="swiglu", rms_norm_eps=config.norm_eps)
-                for text in texts
-            ]
+            weights = quantized(weights, "gate_up", [_normed(options, text.x, weights.mlp_norm) for text in texts])
+            gated: dict[str, Any] = {"activation": "swiglu", "rms_norm_eps": config.norm_eps, "norm": weights.mlp_norm}
+            inner = [_product(options, text.x, weights.gate_up, **gated) for text in texts]
             weights = quantized(weights, "down", inner)
             texts = [
                 text.after(_product(options, h, weights.down, residual=text.x))
@@ -143,8 +143,8 @@ class _Text:
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _normed(options: Options, x: jax.Array) -> jax.Array:
-    return rms_norm(x, jnp.float32(1), options.config.norm_eps)
+def _normed(options: Options, x: jax.Array, norm: jax.Array) -> jax.Array:
+    return rms_norm(x, norm, options.config.norm_eps)
 
 
 @functools.partial(jax.jit, static_argnames="options")
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _load(checkpoint: str) -> tuple[Decoder, Tokenizer]:
     model, tokenizer = load_model(checkpoint)
-    return Decoder.from_model(model), tokenizer  # the model itself is dropped here
+    return Decoder.from_model(model, fold_norms=False), tokenizer  # the model itself is dropped here
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ A folder has config.json with `quantization_config`, the tokenizer, and model.sa
 
     model.embed_tokens.weight, model.norm.weight, lm_head.weight      as in other folders
     model.layers.{i}.{qkv, out, gate_up, down}.*                      quantized_matmul/serialize.py has their names
-    model.layers.{i}.{qkv_bias, query_norm, key_norm, out_bias}       where the model has them
+    model.layers.{i}.{attention_norm, mlp_norm}                       and biases and norms of heads, as in LayerWeights
 
-The scales of other norms are part of the weights. Each tensor has a checksum (CRC-32) in the header of the file.
+Each tensor has a checksum (CRC-32) in the header of the file.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def load_decoder(
         model, tokenizer = load_model(name_or_path, dtype=dtype, implementation=implementation)
         return Decoder.from_model(model, gemm_implementation=gemm_implementation), tokenizer
     config = _config(path / "config.json")
-    empty = jax.eval_shape(lambda: Decoder.from_model(Llama(config, rngs=nnx.Rngs(0), dtype=dtype)))
+    empty = jax.eval_shape(lambda: Decoder.from_model(Llama(config, rngs=nnx.Rngs(0), dtype=dtype), fold_norms=False))
     decoder = _filled(empty, _Tensors(path / FILE), jnp.dtype(dtype))
     options: dict[str, Any] = {"implementation": implementation, "gemm_implementation": gemm_implementation}
     return dataclasses.replace(decoder, **options), Tokenizer.from_folder(path)
@@ -89,7 +89,7 @@ def save_compressed(
     """Writes a folder that `load_decoder` reads, whole or not at all.
 
     Args:
-      decoder: all its matrices are quantized.
+      decoder: as `compress` returns it, all its matrices quantized.
       recipe: how they were made, for who reads config.json; nothing depends on it.
       dtype: of what is not quantized: embedding, output projection, norms and biases.
       overwrite: as of `save_checkpoint`.

@@ -11,7 +11,8 @@
 Training scans over stacked layers (llama.py). Here that would copy every layer's slice of the weights and of the cache
 before a kernel reads it, three times the bytes; so each layer has arrays of its own and the loop over them is Python's.
 The learned scales of the norms are multiplied into the weights that follow, and the norms done within their products.
-Each of the four weights may be a quantized one (compress.py); `product` is where that makes a difference.
+Each of the four weights may be a quantized one (compress.py), with the scales of norms apart: large inputs have small
+ones, and weights that are multiplied by them would share a step with others. `product` is where quantized weights differ.
 The function of a layer is jitted, so that a program of 32 layers is traced and lowered as one.
 
 Letters as in layers.py, V vocabulary size.
@@ -52,7 +53,8 @@ Matrix = jax.Array | MixedBitWeight | IntWeight  # [outputs, inputs]; `shape` of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights, as drawn above; biases, query_norm and key_norm [H] are None in models without them."""
+    """One layer's weights, as drawn above; biases, query_norm and key_norm [H] are None in models without them, and the
+    scales of norms [D] where they are part of qkv and gate_up."""
 
     qkv: Matrix
     qkv_bias: jax.Array | None
@@ -62,6 +64,8 @@ class LayerWeights:
     out_bias: jax.Array | None
     gate_up: Matrix
     down: Matrix
+    attention_norm: jax.Array | None = None
+    mlp_norm: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -111,15 +115,18 @@ class Decoder:
         *,
         gemm_implementation: Implementation = "auto",
         calibration: Calibration | None = None,
+        fold_norms: bool = True,
     ) -> Decoder:
         """The model's weights in its compute dtype, with its `implementation` of attention.
+
+        Without `fold_norms` the scales of norms stay arrays of their own, as weights that will be quantized need it.
 
         With a `calibration` (`models.calibrate`), layers whose logits stay together use an asynchronous softmax.
         """
         graphdef, stacked = nnx.split(model.blocks)
         dtype = jnp.dtype(model.dtype)
         # One layer at a time: what is made beside the model and this copy is never more than a layer.
-        layers = [_fused(graphdef, stacked, layer, dtype) for layer in range(model.config.num_layers)]
+        layers = [_fused(graphdef, stacked, layer, dtype, fold_norms) for layer in range(model.config.num_layers)]
         decoder = cls(
             embedding=_copied(model.embedding.embedding[...], dtype),
             output=None if model.output is None else _copied(model.output.kernel[...].T, dtype),
@@ -274,7 +281,7 @@ def heads(options: Options, weights: LayerWeights, x, rope) -> tuple[jax.Array, 
     """Rotated queries [..., N, H], rotated keys and values [..., K, H] of x [..., D]."""
     config = options.config
     N, K, H, eps = config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps
-    together = product(options, x, weights.qkv, bias=weights.qkv_bias, rms_norm_eps=eps)
+    together = product(options, x, weights.qkv, bias=weights.qkv_bias, rms_norm_eps=eps, norm=weights.attention_norm)
     query, key, value = jnp.split(together.reshape(*x.shape[:-1], N + 2 * K, H), (N, N + K), axis=-2)
     if weights.query_norm is not None and weights.key_norm is not None:
         query, key = rms_norm(query, weights.query_norm, eps), rms_norm(key, weights.key_norm, eps)
@@ -285,7 +292,8 @@ def _after_attention(options: Options, weights: LayerWeights, x: jax.Array, atte
     """The rest of the block: output projection and feed-forward, both added to the residual stream x [..., D]."""
     attended = attended.reshape(*x.shape[:-1], -1)
     x = product(options, attended, weights.out, bias=weights.out_bias, residual=x)
-    h = product(options, x, weights.gate_up, activation="swiglu", rms_norm_eps=options.config.norm_eps)
+    eps = options.config.norm_eps
+    h = product(options, x, weights.gate_up, activation="swiglu", rms_norm_eps=eps, norm=weights.mlp_norm)
     return product(options, h, weights.down, residual=x)
 
 
@@ -295,13 +303,17 @@ def product(
     weight: Matrix,
     *,
     rms_norm_eps: float | None = None,
+    norm: jax.Array | None = None,
     residual: jax.Array | None = None,
     **epilogue: Any,
 ) -> jax.Array:
-    """x [..., inputs] times a weight, and what is around it in a layer."""
+    """x [..., inputs] times a weight, and what is around it in a layer: with `rms_norm_eps` rows of x are normed first,
+    and scaled by `norm` [inputs] if it is not part of the weight."""
     implementation = options.gemm_implementation
-    if isinstance(weight, MixedBitWeight | IntWeight):
-        x = x if rms_norm_eps is None else rms_norm(x, jnp.float32(1), rms_norm_eps)
+    quantized = isinstance(weight, MixedBitWeight | IntWeight)
+    if rms_norm_eps is not None and (quantized or norm is not None):
+        x, rms_norm_eps = rms_norm(x, jnp.float32(1) if norm is None else norm, rms_norm_eps), None
+    if quantized:
         out = quantized_matmul(x, weight, implementation=implementation, **epilogue)
         return out if residual is None else out + residual
     around: dict[str, Any] = {"rms_norm_eps": rms_norm_eps, "residual": residual}
@@ -311,8 +323,10 @@ def product(
 # --- Weights -------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _fused(graphdef: nnx.GraphDef[Block], stacked: nnx.State, layer: int, dtype: jnp.dtype) -> LayerWeights:
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype", "fold_norms"))
+def _fused(
+    graphdef: nnx.GraphDef[Block], stacked: nnx.State, layer: int, dtype: jnp.dtype, fold_norms: bool
+) -> LayerWeights:
     """One of the stacked layers as LayerWeights."""
     one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stacked)
     block = nnx.merge(graphdef, one)
@@ -320,9 +334,12 @@ def _fused(graphdef: nnx.GraphDef[Block], stacked: nnx.State, layer: int, dtype:
     projections = (attention.query, attention.key, attention.value)
 
     def rows(*linears: nnx.Linear, norm: RMSNorm | None = None) -> jax.Array:
-        """[outputs, inputs] of layers of one input, one below the other, with the scale of the norm before them."""
+        """[outputs, inputs] of layers of one input, one below the other, with the scale of the norm before them
+        if norms are folded."""
         weight = jnp.concatenate([linear.kernel[...].T for linear in linears])
-        return weight if norm is None else weight * norm.scale[...].astype(jnp.promote_types(weight.dtype, jnp.float32))
+        if norm is None or not fold_norms:
+            return weight
+        return weight * norm.scale[...].astype(jnp.promote_types(weight.dtype, jnp.float32))
 
     def biases(*linears: nnx.Linear) -> jax.Array | None:
         return jnp.concatenate([l.bias[...] for l in linears if l.bias is not None]) if linears[0].use_bias else None
@@ -339,6 +356,8 @@ def _fused(graphdef: nnx.GraphDef[Block], stacked: nnx.State, layer: int, dtype:
         out_bias=biases(attention.out),
         gate_up=rows(mlp.gate, mlp.up, norm=block.mlp_norm),
         down=rows(mlp.down),
+        attention_norm=None if fold_norms else scale(block.attention_norm),
+        mlp_norm=None if fold_norms else scale(block.mlp_norm),
     )
     return jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
 
