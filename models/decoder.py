@@ -12,7 +12,7 @@ Training scans over stacked layers (llama.py). Here that would copy every layer'
 before a kernel reads it, three times the bytes; so each layer has arrays of its own and the loop over them is Python's.
 The learned scales of the norms are multiplied into the weights that follow, and the norms done within their products.
 Each of the four weights may be a quantized one (compress.py), with the scales of norms apart: large inputs have small
-ones, and weights that are multiplied by them would share a step with others. `product` is where quantized weights differ.
+ones, and weights times those would share a step with others. `product` is where quantized weights differ.
 The function of a layer is jitted, so that a program of 32 layers is traced and lowered as one.
 
 Letters as in layers.py, V vocabulary size.

@@ -130,9 +130,9 @@ def test_biases_and_norms_of_heads_are_kept(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def folder(decoder, rows, tmp_path_factory):
+def folder(compressed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compress") / "small"
-    save_compressed(folder, compress(decoder, rows, Recipe(compensate=False)), Tokenizer.bytes(), {})
+    save_compressed(folder, compressed["mixed"], Tokenizer.bytes(), {})
     return folder
 
 
