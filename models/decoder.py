@@ -11,6 +11,8 @@
 Training scans over stacked layers (llama.py). Here that would copy every layer's slice of the weights and of the cache
 before a kernel reads it, three times the bytes; so each layer has arrays of its own and the loop over them is Python's.
 The learned scales of the norms are multiplied into the weights that follow, and the norms done within their products.
+Each of the four weights may be a quantized one (compress.py), with the scales of norms apart: large inputs have small
+ones, and weights times those would share a step with others. `product` is where quantized weights differ.
 The function of a layer is jitted, so that a program of 32 layers is traced and lowered as one.
 
 Letters as in layers.py, V vocabulary size.
@@ -29,7 +31,15 @@ from flax import nnx
 from models.cache import KVCache, Places, write
 from models.layers import Block, RMSNorm, causal_mask, rms_norm, rope_tables, rotate, vocabulary_logits
 from models.llama import Llama, LlamaConfig
-from pallas_kernels import UnifiedMax, decode_attention, flash_attention, flat_gemm
+from pallas_kernels import (
+    IntWeight,
+    MixedBitWeight,
+    UnifiedMax,
+    decode_attention,
+    flash_attention,
+    flat_gemm,
+    quantized_matmul,
+)
 
 if TYPE_CHECKING:
     from models.calibrate import Calibration
@@ -37,21 +47,25 @@ if TYPE_CHECKING:
 
 Implementation = str | tuple[str, ...]
 AnyCache = TypeVar("AnyCache", KVCache, "PagedCache")
+Matrix = jax.Array | MixedBitWeight | IntWeight  # [outputs, inputs]; `shape` of the others is turned
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights, as drawn above; biases, query_norm and key_norm [H] are None in models without them."""
+    """One layer's weights, as drawn above; biases, query_norm and key_norm [H] are None in models without them, and the
+    scales of norms [D] where they are part of qkv and gate_up."""
 
-    qkv: jax.Array
+    qkv: Matrix
     qkv_bias: jax.Array | None
     query_norm: jax.Array | None
     key_norm: jax.Array | None
-    out: jax.Array
+    out: Matrix
     out_bias: jax.Array | None
-    gate_up: jax.Array
-    down: jax.Array
+    gate_up: Matrix
+    down: Matrix
+    attention_norm: jax.Array | None = None
+    mlp_norm: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +94,7 @@ class Decoder:
       config: the architecture.
       implementation: of `flash_attention` in `prefill` and of `decode_attention` in `step`. Both run what is named or
         raise UnsupportedError; names in order of preference let one take what the other has not.
-      gemm_implementation: of `flat_gemm`, which every product of a layer goes through.
+      gemm_implementation: of `flat_gemm`, which every product of a layer goes through, and of `quantized_matmul`.
       unified_max: the constants of an asynchronous softmax for each layer, None in it for an online one, as
         `models.calibrate` measures them; None is online everywhere.
     """
@@ -101,16 +115,19 @@ class Decoder:
         *,
         gemm_implementation: Implementation = "auto",
         calibration: Calibration | None = None,
+        fold_norms: bool = True,
     ) -> Decoder:
         """The model's weights in its compute dtype, with its `implementation` of attention.
+
+        Without `fold_norms` the scales of norms stay arrays of their own, as weights that will be quantized need it.
 
         With a `calibration` (`models.calibrate`), layers whose logits stay together use an asynchronous softmax.
         """
         graphdef, stacked = nnx.split(model.blocks)
         dtype = jnp.dtype(model.dtype)
         # One layer at a time: what is made beside the model and this copy is never more than a layer.
-        layers = [_fused(graphdef, stacked, layer, dtype) for layer in range(model.config.num_layers)]
-        return cls(
+        layers = [_fused(graphdef, stacked, layer, dtype, fold_norms) for layer in range(model.config.num_layers)]
+        decoder = cls(
             embedding=_copied(model.embedding.embedding[...], dtype),
             output=None if model.output is None else _copied(model.output.kernel[...].T, dtype),
             final_norm=_copied(model.final_norm.scale[...], dtype),
@@ -118,10 +135,14 @@ class Decoder:
             config=model.config,
             implementation=model.blocks.attention.implementation,
             gemm_implementation=gemm_implementation,
-            unified_max=None
-            if calibration is None
-            else tuple(calibration.unified_max(layer) for layer in range(model.config.num_layers)),
         )
+        return decoder.calibrated(calibration)
+
+    def calibrated(self, calibration: Calibration | None) -> Decoder:
+        """This decoder with the asynchronous softmax of a calibration, or the online one for None."""
+        layers = range(self.config.num_layers)
+        chosen = None if calibration is None else tuple(calibration.unified_max(layer) for layer in layers)
+        return dataclasses.replace(self, unified_max=chosen)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -190,7 +211,7 @@ class Decoder:
     def _run(self, layer, tokens, positions, cache: KVCache | PagedCache, places: Places, *more) -> Any:
         """tokens [...] through all layers and the final norm: hidden states [..., D], new keys, new values."""
         config = self.config
-        options = _Options(config, self.implementation, self.gemm_implementation)
+        options = Options(config, self.implementation, self.gemm_implementation)
         rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = self.embedding[tokens]
         keys, values = [], []
@@ -218,16 +239,18 @@ class Decoder:
 # --- One layer -----------------------------------------------------------------------------------------------
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
+    """What the functions of a layer are compiled for."""
+
     config: LlamaConfig
     implementation: Implementation
     gemm_implementation: Implementation
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _prefill_layer(options: _Options, weights: LayerWeights, unified_max, x, rope, key, value, places):
+def _prefill_layer(options: Options, weights: LayerWeights, unified_max, x, rope, key, value, places):
     """x [B, T, D]: the tokens see each other only, so attention reads them and not the cache."""
-    query, new_key, new_value = _heads(options, weights, x, rope)
+    query, new_key, new_value = heads(options, weights, x, rope)
     mask = causal_mask(options.config.sliding_window)
     attended = flash_attention(
         query, new_key, new_value, mask=mask, unified_max=unified_max, implementation=options.implementation
@@ -237,11 +260,9 @@ def _prefill_layer(options: _Options, weights: LayerWeights, unified_max, x, rop
 
 
 @functools.partial(jax.jit, static_argnames="options")
-def _step_layer(
-    options: _Options, weights: LayerWeights, unified_max, x, rope, key, value, places, lengths, page_table
-):
+def _step_layer(options: Options, weights: LayerWeights, unified_max, x, rope, key, value, places, lengths, page_table):
     """x [B, D]: the new token of each row is written first and then sees `lengths` tokens, itself among them."""
-    query, new_key, new_value = _heads(options, weights, x, rope)
+    query, new_key, new_value = heads(options, weights, x, rope)
     key, value = write(key, places, new_key), write(value, places, new_value)
     attended = decode_attention(
         query,
@@ -256,34 +277,56 @@ def _step_layer(
     return _after_attention(options, weights, x, attended), key, value
 
 
-def _heads(options: _Options, weights: LayerWeights, x, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+def heads(options: Options, weights: LayerWeights, x, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rotated queries [..., N, H], rotated keys and values [..., K, H] of x [..., D]."""
     config = options.config
     N, K, H, eps = config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps
-    heads = _product(options, x, weights.qkv, bias=weights.qkv_bias, rms_norm_eps=eps)
-    query, key, value = jnp.split(heads.reshape(*x.shape[:-1], N + 2 * K, H), (N, N + K), axis=-2)
+    together = product(options, x, weights.qkv, bias=weights.qkv_bias, rms_norm_eps=eps, norm=weights.attention_norm)
+    query, key, value = jnp.split(together.reshape(*x.shape[:-1], N + 2 * K, H), (N, N + K), axis=-2)
     if weights.query_norm is not None and weights.key_norm is not None:
         query, key = rms_norm(query, weights.query_norm, eps), rms_norm(key, weights.key_norm, eps)
     return rotate(query, rope), rotate(key, rope), value
 
 
-def _after_attention(options: _Options, weights: LayerWeights, x: jax.Array, attended: jax.Array) -> jax.Array:
+def _after_attention(options: Options, weights: LayerWeights, x: jax.Array, attended: jax.Array) -> jax.Array:
     """The rest of the block: output projection and feed-forward, both added to the residual stream x [..., D]."""
     attended = attended.reshape(*x.shape[:-1], -1)
-    x = _product(options, attended, weights.out, bias=weights.out_bias, residual=x)
-    h = _product(options, x, weights.gate_up, activation="swiglu", rms_norm_eps=options.config.norm_eps)
-    return _product(options, h, weights.down, residual=x)
+    x = product(options, attended, weights.out, bias=weights.out_bias, residual=x)
+    eps = options.config.norm_eps
+    h = product(options, x, weights.gate_up, activation="swiglu", rms_norm_eps=eps, norm=weights.mlp_norm)
+    return product(options, h, weights.down, residual=x)
 
 
-def _product(options: _Options, x: jax.Array, weight: jax.Array, **epilogue: Any) -> jax.Array:
-    return flat_gemm(x, weight, transpose_w=True, implementation=options.gemm_implementation, **epilogue)
+def product(
+    options: Options,
+    x: jax.Array,
+    weight: Matrix,
+    *,
+    rms_norm_eps: float | None = None,
+    norm: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    **epilogue: Any,
+) -> jax.Array:
+    """x [..., inputs] times a weight, and what is around it in a layer: with `rms_norm_eps` rows of x are normed first,
+    and scaled by `norm` [inputs] if it is not part of the weight."""
+    implementation = options.gemm_implementation
+    quantized = isinstance(weight, MixedBitWeight | IntWeight)
+    if rms_norm_eps is not None and (quantized or norm is not None):
+        x, rms_norm_eps = rms_norm(x, jnp.float32(1) if norm is None else norm, rms_norm_eps), None
+    if quantized:
+        out = quantized_matmul(x, weight, implementation=implementation, **epilogue)
+        return out if residual is None else out + residual
+    around: dict[str, Any] = {"rms_norm_eps": rms_norm_eps, "residual": residual}
+    return flat_gemm(x, weight, transpose_w=True, implementation=implementation, **around, **epilogue)
 
 
 # --- Weights -------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "dtype"))
-def _fused(graphdef: nnx.GraphDef[Block], stacked: nnx.State, layer: int, dtype: jnp.dtype) -> LayerWeights:
+@functools.partial(jax.jit, static_argnames=("graphdef", "dtype", "fold_norms"))
+def _fused(
+    graphdef: nnx.GraphDef[Block], stacked: nnx.State, layer: int, dtype: jnp.dtype, fold_norms: bool
+) -> LayerWeights:
     """One of the stacked layers as LayerWeights."""
     one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stacked)
     block = nnx.merge(graphdef, one)
@@ -291,9 +334,12 @@ def _fused(graphdef: nnx.GraphDef[Block], stacked: nnx.State, layer: int, dtype:
     projections = (attention.query, attention.key, attention.value)
 
     def rows(*linears: nnx.Linear, norm: RMSNorm | None = None) -> jax.Array:
-        """[outputs, inputs] of layers of one input, one below the other, with the scale of the norm before them."""
+        """[outputs, inputs] of layers of one input, one below the other, with the scale of the norm before them
+        if norms are folded."""
         weight = jnp.concatenate([linear.kernel[...].T for linear in linears])
-        return weight if norm is None else weight * norm.scale[...].astype(jnp.promote_types(weight.dtype, jnp.float32))
+        if norm is None or not fold_norms:
+            return weight
+        return weight * norm.scale[...].astype(jnp.promote_types(weight.dtype, jnp.float32))
 
     def biases(*linears: nnx.Linear) -> jax.Array | None:
         return jnp.concatenate([l.bias[...] for l in linears if l.bias is not None]) if linears[0].use_bias else None
@@ -310,6 +356,8 @@ def _fused(graphdef: nnx.GraphDef[Block], stacked: nnx.State, layer: int, dtype:
         out_bias=biases(attention.out),
         gate_up=rows(mlp.gate, mlp.up, norm=block.mlp_norm),
         down=rows(mlp.down),
+        attention_norm=None if fold_norms else scale(block.attention_norm),
+        mlp_norm=None if fold_norms else scale(block.mlp_norm),
     )
     return jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
 

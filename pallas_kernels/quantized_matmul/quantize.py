@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.core.check import UnsupportedError
 from pallas_kernels.quantized_matmul import fit as fit_lib
-from pallas_kernels.quantized_matmul import packing
+from pallas_kernels.quantized_matmul import gptq, packing
 from pallas_kernels.quantized_matmul.packing import CHUNK, ROWS, round_up
 from pallas_kernels.quantized_matmul.shapes import GROUP_SIZES, Scheme
 from pallas_kernels.quantized_matmul.weights import STRIP, IntWeight, MixedBitWeight, Outliers, Plane, Weight
@@ -25,7 +24,6 @@ from pallas_kernels.quantized_matmul.weights import STRIP, IntWeight, MixedBitWe
 OP = "quantize"
 LARGEST_WEIGHT = 2.0**60  # its square, summed, is still a float32
 FOUR_BIT_FRACTION = 1 / 8
-DAMPING = 0.01  # of the Hessian's mean diagonal, added to all of it
 Ranking = Literal["range", "error", "hessian", "random"]
 RANKINGS = ("range", "error", "hessian", "random")
 # A field of the packed statistics has 3, 3 or 4 bits (see `quantize`).
@@ -72,7 +70,7 @@ def quantize(
         "random": drawn with `seed`, for comparison; or
         a boolean array [S] that says it of each strip; four_bit_fraction then has no say.
       hessian: [K, K], the sum of x^T x over inputs that are typical. Weights are then rounded one input after another,
-        and those that are still to be rounded make up for the error of the others.
+        and those that are still to be rounded make up for the error of the others (gptq.py).
       clip_scales: as if statistics were packed as in section 2.5: of three neighboring 2-bit strips two have scale
         codes of only 3 bits, and the three share a word of 16. "clamp" cuts codes off at 7 instead of making the step
         larger. They are stored as always; `packed_bits_per_weight` counts what the packed form would need.
@@ -88,7 +86,6 @@ def quantize(
       ValueError: a shape, fraction, group size or scheme out of range; weights that are not finite (how many, and where
         the first is); options that another scheme has.
       TypeError: w is not of floating point.
-      UnsupportedError: a Hessian, where error compensation is not there.
 
     Source: Li et al., "Fast and Efficient 2-bit LLM Inference on GPU", 2023, section 2. Zeros of scales are left out,
     4-bit strips have scales of two orders too, and scales are searched for: docs/adr/0007, README.md in this folder.
@@ -171,10 +168,10 @@ _RANKED: dict[str, Callable[[jax.Array], jax.Array]] = {"range": _ranges, "error
 
 def _sensitivity(w: jax.Array, hessian: np.ndarray) -> np.ndarray:
     """[S], the sum of w^2 / [H^-1]_kk: the least that the output's squared error grows by if w is set to 0."""
-    K = len(hessian)
-    damped = hessian + DAMPING * np.trace(hessian) / K * np.eye(K)
-    of_inputs = np.sum(np.square(np.asarray(w, np.float64)), 1) / np.diag(np.linalg.inv(damped))
-    return np.add.reduceat(of_inputs, np.arange(0, K, STRIP))
+    # The diagonal of H^-1 = U^T U; H is scaled, which ranks nothing anew.
+    inverse = np.sum(np.square(gptq.factor(hessian)), 0)
+    of_inputs = np.sum(np.square(np.asarray(w, np.float64)), 1) / inverse
+    return np.add.reduceat(of_inputs, np.arange(0, len(hessian), STRIP))
 
 
 def _in_strips(w: jax.Array) -> jax.Array:
@@ -335,16 +332,7 @@ def _fraction(name: str, value: float) -> float:
 
 
 def _rounding(hessian: Any, K: int) -> Callable:
-    """How weights are rounded once grids can be fitted. The seam for error compensation: gptq.py needs one function,
-    compensated(w, special, fit, hessian), which returns what `fit.plainly` does."""
+    """How weights are rounded once grids can be fitted."""
     if hessian is None:
         return fit_lib.plainly
-    checked = jnp.asarray(_checked_hessian(hessian, K))
-    try:
-        from pallas_kernels.quantized_matmul import gptq  # type: ignore[attr-defined]
-    except ImportError:
-        raise UnsupportedError(
-            f"{OP}: hessian= asks for error compensation, which this version does not have (gptq.py); leave it out, or "
-            'rank strips by choose_strips(w, "hessian", hessian=...) and pass the result as strips='
-        ) from None
-    return functools.partial(gptq.compensated, hessian=checked)
+    return functools.partial(gptq.compensated, hessian=_checked_hessian(hessian, K))

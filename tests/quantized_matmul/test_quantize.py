@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that quantize makes: against the paper's formulas in NumPy, on weights made to be exact, and refusals."""
 
-import sys
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import UnsupportedError, quantize, quantized_matmul
-from pallas_kernels.quantized_matmul import fit, packing
+from pallas_kernels import quantize, quantized_matmul
+from pallas_kernels.quantized_matmul import packing
 from pallas_kernels.quantized_matmul.quantize import choose_strips, packed_bits_per_weight
 from pallas_kernels.quantized_matmul.serialize import from_tensors, to_tensors
 from tests.quantized_matmul.test_weights import by_numpy
@@ -90,7 +87,7 @@ def test_integers_are_symmetric():
     w = normal((200, 20))
     weight = quantize(w, "int8")
     scale = np.abs(w).max(0) / np.float32(127)
-    np.testing.assert_allclose(weight.scale[:20, 0], scale, rtol=1e-6)
+    np.testing.assert_allclose(weight.scale[0, :20], scale, rtol=1e-6)
     assert np.all(np.abs(weight.dequantize() - w) <= scale * 0.5001)
     assert int(jnp.min(packing.unpack(weight.words, 8, 200)[:20])) >= 1  # no -128
     groups = w[:128].reshape(128, 20), w[128:]
@@ -207,30 +204,10 @@ def test_products_in_integers_are_those_of_numpy():
     integers = np.asarray(packing.unpack(weight.words, 8, 100)).astype(np.int64)[:20].T - 128
     x_scale = np.abs(x).max(1, keepdims=True) / np.float32(127)
     want = (np.round(x / x_scale).astype(np.int64) @ integers) * x_scale.astype(np.float64)
-    want = want * np.asarray(weight.scale, np.float64)[:20, 0]
+    want = want * np.asarray(weight.scale, np.float64)[0, :20]
     for implementation in ("xla", "reference"):
         got = quantized_matmul(jnp.asarray(x), weight, implementation=implementation)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_error_compensation_takes_the_place_of_rounding(monkeypatch):
-    """The seam: it gets groups, fit and Hessian, and what it returns becomes the weight."""
-    seen = {}
-
-    def compensated(w, special, fit, hessian):
-        seen.update(shape=w.shape, hessian=hessian.shape)
-        return plainly(2 * w, special, fit)
-
-    import sys
-
-    from pallas_kernels import quantized_matmul as _  # noqa: F401  # the package, whose name the function has taken
-
-    plainly, package = fit.plainly, sys.modules["pallas_kernels.quantized_matmul"]
-    monkeypatch.setattr(package, "gptq", types.SimpleNamespace(compensated=compensated), raising=False)
-    w = normal((100, 35))
-    got = quantize(w, hessian=np.eye(100))
-    assert seen == {"shape": (7, 16, 48), "hessian": (100, 100)}
-    np.testing.assert_array_equal(got.dequantize(), 2 * quantize(w).dequantize())
 
 
 GOOD = normal((64, 16))
@@ -262,20 +239,13 @@ NOT_FINITE = np.where(np.arange(64 * 16).reshape(64, 16) % 500 == 499, np.nan, G
         (GOOD, {"scheme": "int8", "activation_bits": 4}, ValueError, "activation_bits must be 8 or None, got 4."),
         (GOOD, {"hessian": np.eye(63)}, ValueError, "hessian must have shape [K, K] with K=64, got (63, 63)."),
         (GOOD, {"hessian": -np.eye(64)}, ValueError, "hessian must be a finite sum of x^T x"),
+        (GOOD, {"hessian": 2 - np.eye(64)}, ValueError, "hessian must be a sum of x^T x; it has negative eigenvalues."),
     ],
 )
 def test_bad_calls(w, options, error, message):
     with pytest.raises(error) as caught:
         quantize(w, **options)
     assert message in str(caught.value)
-
-
-def test_a_hessian_is_refused_without_compensation(monkeypatch):
-    name = "pallas_kernels.quantized_matmul"
-    monkeypatch.delattr(sys.modules[name], "gptq", raising=False)
-    monkeypatch.setitem(sys.modules, f"{name}.gptq", None)
-    with pytest.raises(UnsupportedError, match="error compensation, which this version does not have"):
-        quantize(GOOD, hessian=np.eye(64))
 
 
 def test_a_weight_is_made_of_any_floating_array():
