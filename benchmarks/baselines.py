@@ -21,6 +21,7 @@ from benchmarks.operations import Arguments, cotangent_like
 from pallas_kernels import masks
 from pallas_kernels.core import device
 from pallas_kernels.masks.base import And
+from pallas_kernels.quantized_matmul.weights import IntWeight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,6 +382,87 @@ def torch_flash(arguments: Arguments, direction: str) -> list[Candidate]:
     return [External(outputs, lambda budget: timing.measure_torch(run, budget=budget))]
 
 
+def _decoded(arguments: Arguments) -> Arguments:
+    """A call of quantized_matmul as one of matrices: x and a weight [K, N] in x's dtype."""
+    if extra := [name for name in ("bias", "activation") if arguments.get(name) is not None]:
+        raise Unavailable(f"multiplies, and takes no {', '.join(extra)}")
+    return {"x": arguments["x"], "w": arguments["weight"].dequantize().astype(arguments["x"].dtype)}
+
+
+def cublas_decoded(arguments: Arguments, direction: str) -> list[Candidate]:
+    """jnp.dot with the weight in x's dtype, decoded beforehand: what quantizing is to be faster than."""
+    return [(lambda given: jnp.dot(given["x"], given["w"]), _decoded(arguments))]
+
+
+def _packed_by_torch(arguments: Arguments, name: str) -> tuple[Any, Any, Any, IntWeight]:
+    """What libraries for PyTorch want of a call: x, codes uint8 [N, K], scales [N, groups], and the weight itself."""
+    weight = arguments["weight"]
+    _decoded(arguments)
+    if not isinstance(weight, IntWeight) or weight.bits != 4 or weight.group_size != 128:
+        raise Unavailable(f"{name} is measured on int4 with groups of 128")
+    if device.current().platform != "gpu":
+        raise Unavailable(f"{name} needs an NVIDIA GPU")
+    with _importing():
+        import torch  # type: ignore[import-not-found]
+    if not torch.cuda.is_available():
+        raise Unavailable("this PyTorch sees no GPU")
+
+    def borrowed(array: jax.Array) -> Any:
+        return torch.from_dlpack(jax.block_until_ready(array)).clone()
+
+    N = weight.shape[1]
+    codes = (weight.integers() + 8).astype(jnp.uint8)[:N]
+    return borrowed(arguments["x"]), borrowed(codes), borrowed(weight.scale[:, :N].T + 0), weight
+
+
+def _rotated(run: Callable[[int], Any], nbytes: int) -> External:
+    """A product of PyTorch by copy i of its weights, of so many bytes each."""
+    import torch  # type: ignore[import-not-found]
+
+    def outputs() -> list[jax.Array]:
+        out = run(0).contiguous()
+        torch.cuda.synchronize()
+        return [jnp.from_dlpack(out)]
+
+    return External(outputs, lambda budget: timing.measure_kernels(run, copies=timing.copies(nbytes), budget=budget))
+
+
+def humming(arguments: Arguments, direction: str) -> list[Candidate]:
+    """humming's kernels (PyPI humming-kernels), on the same codes and scales, with the tiles it chooses."""
+    x, codes, scales, weight = _packed_by_torch(arguments, "humming")
+    with _importing():
+        import torch  # type: ignore[import-not-found]
+        from humming.layer import HummingLayer  # type: ignore[import-not-found]
+
+    K, N = weight.shape
+    fields = codes.reshape(N, K // 8, 8).to(torch.int64) << (4 * torch.arange(8, device="cuda"))
+    words = fields.sum(-1)
+    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+    def layer() -> Any:
+        made = HummingLayer(
+            shape_n=N, shape_k=K, weight_config={"dtype": "uint4", "group_size": 128}, torch_dtype=torch.bfloat16
+        ).cuda()
+        made.load_from_tensors({"weight": words.clone(), "weight_scale": scales.clone()})
+        made.transform()
+        return made
+
+    layers = [layer() for _ in range(timing.copies(weight.nbytes))]
+    return [_rotated(lambda i: layers[i](x), weight.nbytes)]
+
+
+def tinygemm(arguments: Arguments, direction: str) -> list[Candidate]:
+    """PyTorch's own int4 product, on the same codes and scales."""
+    x, codes, scales, weight = _packed_by_torch(arguments, "tinygemm")
+    import torch  # type: ignore[import-not-found]
+
+    pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+    both = torch.stack([scales, torch.zeros_like(scales)], -1).transpose(0, 1).contiguous()  # [groups, N, 2]
+    weights = [packed.clone() for _ in range(timing.copies(weight.nbytes))]
+    return [_rotated(lambda i: torch.ops.aten._weight_int4pack_mm(x, weights[i], 128, both), weight.nbytes)]
+
+
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
     """A library that cannot be imported is not available; its shared objects may be missing, too."""
@@ -402,4 +484,5 @@ BASELINES: Mapping[str, Mapping[str, Baseline]] = {
     },
     "decode_attention": {"cudnn": cudnn_decode},
     "flat_gemm": {"cublas": cublas},
+    "quantized_matmul": {"cublas": cublas_decoded, "humming": humming, "tinygemm": tinygemm},
 }

@@ -23,6 +23,8 @@ from pallas_kernels.flat_gemm import api as flat_gemm_api
 from pallas_kernels.flat_gemm import config as flat_gemm_config
 from pallas_kernels.flat_gemm import reference as flat_gemm_reference
 from pallas_kernels.flat_gemm import shapes as flat_gemm_shapes
+from pallas_kernels.quantized_matmul import reference as quantized_matmul_reference
+from pallas_kernels.quantized_matmul import shapes as quantized_matmul_shapes
 
 Arguments = dict[str, Any]
 # Where something lies in an array: an index that NumPy takes.
@@ -164,6 +166,11 @@ def gemm_samples(arguments: Arguments, columns: int = 96) -> list[Sample]:
     ]
 
 
+def whole(arguments: Arguments) -> list[Sample]:
+    """All of a call whose specification takes no more memory than a weight in float32."""
+    return [Sample("", arguments, EVERYTHING, ())]
+
+
 def gemm_config(arguments: Arguments, implementation: str, route: str) -> flat_gemm_config.Config:
     """See `Operation.config`; ValueError if the implementation has no such route."""
     if implementation != "mosaic_gpu":
@@ -209,6 +216,15 @@ OPERATIONS: dict[str, Operation] = {
         naive=flat_gemm_reference.naively,
         samples=gemm_samples,
         config=gemm_config,
+        memory_bound=True,
+    ),
+    "quantized_matmul": Operation(
+        function=pallas_kernels.quantized_matmul,
+        shapes=quantized_matmul_shapes.SHAPES,
+        differentiable=(),
+        specification=quantized_matmul_reference.specified,
+        naive=quantized_matmul_reference.naively,
+        samples=whole,
         memory_bound=True,
     ),
 }

@@ -45,8 +45,10 @@ from pallas_kernels.core import tolerance
 from pallas_kernels.core.arrays import is_array
 from pallas_kernels.core.dispatch import IMPLEMENTATIONS
 from pallas_kernels.flash_attention import tiles
+from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight
 
 DIRECTIONS = ("forward", "forward_backward")
+QUANTIZED = (MixedBitWeight, IntWeight)
 TILE = 128  # edge of the tiles that are counted
 # Not measured on a GPU unless named: too slow for long rows, or of interest for older GPUs only.
 ON_REQUEST = ("jax_xla", "torch_flash")
@@ -230,10 +232,12 @@ def _by_name(operation: Operation, arguments: Arguments, implementation: str, **
 
 
 def _cast(arguments: Arguments, dtype: Any) -> Arguments:
-    """The floating-point arrays in another precision."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) else x, arguments
-    )
+    """The floating-point arrays in another precision, but for those inside a quantized weight."""
+
+    def cast(x: Any) -> Any:
+        return x.astype(dtype) if is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(cast, arguments, is_leaf=lambda x: isinstance(x, QUANTIZED))
 
 
 # Both run once: what XLA would spend on looking for the fastest matrix product is longer than the slowest takes.

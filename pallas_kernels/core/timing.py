@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 METHODS = ("cupti", "wall")
-# Data read again sooner than this many bytes later may come from the cache: twice the L2 of an H100 (50 MB).
-BEYOND_CACHE = 100 * 2**20
+# Data read again sooner than this many bytes later may come from the cache: four times the L2 of an H100 (50 MB).
+BEYOND_CACHE = 200 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +71,15 @@ def measure(
     method = default_method() if method is None else method
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    copies = _copies(arguments) if rotate else 1
+    count_of_sets = copies(sum(leaf.nbytes for leaf in jax.tree.leaves(arguments))) if rotate else 1
     if isinstance(function, jax.stages.Compiled):
-        if copies > 1:
+        if count_of_sets > 1:
             raise ValueError("a compiled function takes one set of arguments; rotate=True needs the function itself")
         compiled: Callable = function
-    elif copies > 1:
-        sets = [jax.tree.map(lambda x: x + 0, tuple(arguments)) for _ in range(copies)]
-        compiled = jax.jit(lambda *sets: [function(*one) for one in sets]).lower(*sets).compile()
+    elif count_of_sets > 1:
+        sets = [jax.tree.map(lambda x: x + 0, tuple(arguments)) for _ in range(count_of_sets)]
+        once = jax.jit(function)  # traced once for all copies
+        compiled = jax.jit(lambda *sets: [once(*one) for one in sets]).lower(*sets).compile()
         arguments = sets
     else:
         compiled = jax.jit(function).lower(*arguments).compile()
@@ -88,7 +89,7 @@ def measure(
         seconds = _cupti(compiled, arguments, count)
     else:
         seconds = [_once(compiled, arguments) for _ in range(count)]
-    return summarize([one / copies for one in seconds], method)
+    return summarize([one / count_of_sets for one in seconds], method)
 
 
 def repetitions(budget: float, seconds: float) -> int:
@@ -96,10 +97,9 @@ def repetitions(budget: float, seconds: float) -> int:
     return int(min(200, max(5, budget / seconds)))
 
 
-def _copies(arguments: Sequence) -> int:
-    """How many copies of the arguments no longer fit the cache together."""
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments))
-    return max(1, min(32, math.ceil(BEYOND_CACHE / max(nbytes, 1))))
+def copies(nbytes: int) -> int:
+    """How many sets of so many bytes no longer fit the cache together."""
+    return max(1, min(64, math.ceil(BEYOND_CACHE / max(nbytes, 1))))
 
 
 def _once(compiled: Callable, arguments: Sequence) -> float:

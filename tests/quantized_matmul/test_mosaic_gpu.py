@@ -5,9 +5,10 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import UnsupportedError, quantized_matmul
+from pallas_kernels import UnsupportedError, quantize, quantized_matmul
 from pallas_kernels.core import device
 from pallas_kernels.quantized_matmul.config import MosaicGpuConfig
 from pallas_kernels.quantized_matmul.reference import naively, specified
@@ -69,12 +70,22 @@ def test_on_a_gpu(shape, config):
     ("shape", "dtype", "on", "why"),
     [
         (Shape(8, 128, 256), "float32", HOPPER, "it makes bfloat16 of weights, and x is float32; cast it"),
-        (Shape(65, 128, 256), "bfloat16", HOPPER, "M=65 rows; it takes 64, and more are faster on weights decoded once"),
+        (
+            Shape(65, 128, 256),
+            "bfloat16",
+            HOPPER,
+            "M=65 rows; it takes 64, and more are faster on weights decoded once",
+        ),
         (Shape(8, 72, 256), "bfloat16", HOPPER, "K=256 and O=72 features; it takes multiples of 16 and 16 on sm90"),
         (Shape(8, 128, 320), "bfloat16", AMPERE, "K=320 and O=128 features; it takes multiples of 256 and 64 on sm80"),
         (Shape(8, 128, 256, "int2"), "bfloat16", HOPPER, 'it takes 2 bits as part of scheme="mixed_2_4" only'),
         (Shape(8, 128, 256, outliers=2), "bfloat16", HOPPER, "it does not add outliers"),
-        (Shape(8, 128, 256, "int8", activation_bits=8), "bfloat16", HOPPER, "it multiplies in bfloat16, not in integers"),
+        (
+            Shape(8, 128, 256, "int8", activation_bits=8),
+            "bfloat16",
+            HOPPER,
+            "it multiplies in bfloat16, not in integers",
+        ),
         (Shape(8, 128, 256), "bfloat16", device.CPU, "it is for NVIDIA GPUs of Ampere, Ada and Hopper"),
     ],
 )
@@ -84,13 +95,12 @@ def test_refusals(shape, dtype, on, why):
     assert why in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("shape", "on", "config", "message"),
-    [
-        (Shape(8, 64, 256), AMPERE, MosaicGpuConfig(chunks=1, num_splits=2), "num_splits takes the clusters of Hopper"),
-        (Shape(8, 64, 256, "int4", group_size=256), HOPPER, MosaicGpuConfig(chunks=4), "a group is 2 chunks"),
-    ],
-)
-def test_configurations_that_do_not_fit(shape, on, config, message):
-    with device.assume(on), pytest.raises(ValueError, match=message):
-        _call(shape.make("bfloat16", jax.random.key(0)), config)
+def test_ampere_has_no_clusters():
+    with device.assume(AMPERE), pytest.raises(ValueError, match="num_splits takes the clusters of Hopper"):
+        _call(Shape(8, 64, 256).make("bfloat16", jax.random.key(0)), MosaicGpuConfig(chunks=1, num_splits=2))
+
+
+def test_steps_that_end_within_a_group():
+    weight = quantize(jax.random.normal(jax.random.key(0), (512, 64)), "int4", group_size=256)
+    with device.assume(HOPPER), pytest.raises(ValueError, match="a group is 2 chunks"):
+        _call({"x": jnp.ones((8, 512), jnp.bfloat16), "weight": weight}, MosaicGpuConfig(chunks=4))

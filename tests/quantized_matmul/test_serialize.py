@@ -93,9 +93,9 @@ def test_a_missing_tensor_is_named(tensors, name):
     ("name", "change", "message"),
     [
         ("format", put(0, 3), r"int.format must be \[2, 4 or 8; a group size or 0; 0 or 8\], got \[3, 64, 0\]."),
-        ("format", put(1, 32), r"int.scale of a weight \[K=100, N=16\] must have shape \(16, 4\), got \(16, 2\)."),
+        ("format", put(1, 32), r"int.scale of a weight \[K=100, N=16\] must have shape \(4, 16\), got \(2, 16\)."),
         ("zero", put((0, 0), 4), "int.zero must be below 4, got 4."),
-        ("scale", put((3, 1), 0), "int.scale must be finite and above 0, got 0.0"),
+        ("scale", put((1, 3), 0), "int.scale must be finite and above 0, got 0.0"),
     ],
 )
 def test_a_changed_integer_weight_is_refused(name, change, message):
