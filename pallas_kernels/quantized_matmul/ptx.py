@@ -10,8 +10,9 @@ A warpgroup holds tiles of 64 outputs, 16 a warp. Layouts, thread 4 g + c of eac
     SUMS  [64, 8 m]   accumulators of mma.m16n8k16
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,9 +63,8 @@ def strips(
         parts = lanes.strips(do, parts, *_digits_of(words, stats, steps), _rows_of(x))
         return [_with_sums(s, part) for s, part in zip(sums, parts, strict=True)]
 
-    arguments = ([SUMS] * len(sums), WORDS, STATS, STEPS, ROWS)
-    inline: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=[_like(s) for s in sums])
-    return inline(quantized_strips)(sums, words, stats, steps, x)
+    types = ([SUMS] * len(sums), WORDS, STATS, STEPS, ROWS)
+    return _inline(quantized_strips, types, [_like(s) for s in sums], sums, words, stats, steps, x)
 
 
 def centered_strips(
@@ -77,64 +77,175 @@ def centered_strips(
         part = lanes.centered_strips(_Ptx(), _sums_of(total), *_digits_of(words, stats, steps), rows, j)
         return _with_sums(total, part)
 
-    inline: Any = plgpu.inline_mgpu(arg_types=(SUMS, WORDS, STATS, STEPS, ROWS), return_type=_like(total))
-    return inline(quantized_centered_strips)(total, words, stats, steps, x)
+    types = (SUMS, WORDS, STATS, STEPS, ROWS)
+    return _inline(quantized_centered_strips, types, _like(total), total, words, stats, steps, x)
 
 
-def integers(total: jax.Array, words: jax.Array, x: jax.Array, bits: int) -> jax.Array:
-    """Adds a chunk of codes to a sum [64, 8 m]: `lanes.integers` of every thread. words [64, 16], x [8 m, 512 / bits]
-    in ROWS."""
+def integers(total: jax.Array, words: jax.Array, scale: jax.Array | None, x: jax.Array, bits: int) -> jax.Array:
+    """Adds a chunk of codes to a sum [64, 8 m]: `lanes.integers` of every thread. words [64, 16], scale [64, 4] or None
+    for 1, x [8 m, 512 / bits] in ROWS."""
 
-    def quantized_integers(_, total, words, x):
-        part = lanes.integers(_Ptx(), _sums_of(total), [_words_of(r) for r in words.registers.flat], _rows_of(x), bits)
-        return _with_sums(total, part)
+    def quantized_integers(_, total, words, x, scale=None):
+        of_outputs, sums = [_words_of(r) for r in words.registers.flat], _sums_of(total)
+        if scale is None:
+            return _with_sums(total, lanes.integers(_Ptx(), sums, of_outputs, _rows_of(x), bits))
+        zero = arith.constant(ir.F32Type.get(), 0.0)
+        parts = lanes.integers(_Ptx(), [[zero] * 4 for _ in sums], of_outputs, _rows_of(x), bits)
+        factors = [
+            factor for r in scale.registers.flat for factor in [llvm.extractelement(r, _constant(0))] * 2
+        ]  # of outputs g, g, g + 8, g + 8
+        scaled = [
+            [arith.addf(y, arith.mulf(z, factor)) for y, z, factor in zip(tile, part, factors, strict=True)]
+            for tile, part in zip(sums, parts, strict=True)
+        ]
+        return _with_sums(total, scaled)
 
-    arguments = (SUMS, WORDS, ROWS)
-    inline: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=_like(total))
-    return inline(quantized_integers)(total, words, x)
+    arrays = [total, words, x] if scale is None else [total, words, x, scale]
+    return _inline(quantized_integers, (SUMS, WORDS, ROWS, STATS)[: len(arrays)], _like(total), *arrays)
 
 
-def gathered(x: Ref, strips: Ref, chunk: Any, rows: int, stretches: range = range(4)) -> jax.Array:
-    """Inputs of a chunk of strips anywhere in x [M, K], both in global memory: stretches of 64 of them, [rows, 256] in
-    ROWS or fewer. Rows that x does not have are copies of its last, strips beyond the last chunk the last strip."""
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which thread this is, and the outputs of a tile that it holds."""
 
-    def quantized_gather(_, x, strips, chunk):
-        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        layout, bf16 = ROWS.to_mgpu(), ir.BF16Type.get()
-        base, table = (llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in (x, strips))
-        lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(32, i32))
-        g, c = arith.divui(lane, mgpu.c(4, i32)), arith.remui(lane, mgpu.c(4, i32))
-        at = arith.addi(arith.muli(chunk.registers[()], mgpu.c(16, i32)), c)
-        rows_of_x, pitch = ir.MemRefType(x.type).shape
-        last_strip = mgpu.c(ir.MemRefType(strips.type).shape[0] - 1, i32)
+    warp: Value
+    g: Value
+    c: Value
+    output: Value
 
-        def load(code, constraint, type_, base, offset):
-            address = arith.addi(base, arith.extui(i64, offset))
-            return llvm.inline_asm(type_, [address], code, constraint, has_side_effects=True)
+    @classmethod
+    def of(cls, output: Value) -> "Place":
+        thread = mgpu.utils.thread_idx()
+        lane, warp = _rem(thread, 32), _rem(_div(thread, 32), 4)
+        return cls(warp, _div(lane, 4), _rem(lane, 4), output)
 
-        def number_of(j):
-            place = arith.minsi(arith.addi(at, mgpu.c(4 * j, i32)), last_strip)
-            return load("ld.global.nc.u32 $0, [$1];", "=r,l", i32, table, arith.muli(place, mgpu.c(4, i32)))
+    def rows(self, last: int) -> list[Value]:
+        """g and g + 8 of the warp's 16 outputs; what an array does not have is its last row."""
+        first = arith.addi(self.output, arith.addi(arith.muli(self.warp, _constant(16)), self.g))
+        return [arith.minsi(arith.addi(first, _constant(i)), _constant(last)) for i in (0, 8)]
 
-        number = [number_of(j) for j in stretches]
+    def block(self, last: int) -> Value:
+        """Of these 16 outputs."""
+        return arith.minsi(arith.addi(_div(self.output, 16), self.warp), _constant(last))
+
+
+def load_strips(
+    main: Sequence[Ref], tail: Sequence[Ref], output: jax.Array, chunk: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """words [64, 16], stats [64, 4] and steps [4, 16] of 64 outputs, from global memory: of a chunk of the main plane
+    (words, stats, steps), or, of those numbered beyond it, of the tail."""
+
+    def quantized_load_strips(_, main, tail, output, chunk):
+        place, number = Place.of(output.registers[()]), chunk.registers[()]
+        mains = _shape(main[0])[1] // 16
+        beyond = arith.cmpi(arith.CmpIPredicate.sge, number, _constant(mains))
+
+        def load(array: int, elements: int, words: int, row_of: Callable[[int], Value]) -> list[Value]:
+            def address(plane: Sequence[Ref], chunk: Value) -> Value:
+                return _address(plane[array], row_of(_shape(plane[array])[0] - 1), chunk, elements, place.c)
+
+            at = address(main, number)
+            if tail:
+                at = arith.select(beyond, address(tail, arith.subi(number, _constant(mains))), at)
+            return _load(at, words, _STREAM)
+
+        words = [load(0, 16, 4, lambda last, i=i: place.rows(last)[i]) for i in range(2)]
+        stats = [load(1, 4, 1, lambda last, i=i: place.rows(last)[i]) for i in range(2)]
+        steps = load(2, 16, 2, place.block)
+        return (
+            _array(WORDS, (64, 16), jnp.uint32, words),
+            _array(STATS, (64, 4), jnp.uint32, stats),
+            _array(STEPS, (4, 16), jnp.bfloat16, [steps]),
+        )
+
+    result = [
+        _result(WORDS, (64, 16), "uint32"),
+        _result(STATS, (64, 4), "uint32"),
+        _result(STEPS, (4, 16), "bfloat16"),
+    ]
+    refs = [plgpu.RefType()] * len(main), [plgpu.RefType()] * len(tail)
+    return _inline(quantized_load_strips, (*refs, _NUMBER, _NUMBER), result, list(main), list(tail), output, chunk)
+
+
+def load_codes(
+    words: Ref, scale: Ref | None, output: jax.Array, chunk: jax.Array, chunks_of_group: int
+) -> tuple[jax.Array, ...]:
+    """words [64, 16] of 64 outputs and a chunk, and, of scales [groups, N'], what belongs to them: [64, 4], the same
+    four times."""
+
+    def quantized_load_codes(_, output, chunk, words, scale=None):
+        place, number = Place.of(output.registers[()]), chunk.registers[()]
+        rows = place.rows(_shape(words)[0] - 1)
+        read = [_load(_address(words, row, number, 16, place.c), 4, _STREAM) for row in rows]
+        result = [_array(WORDS, (64, 16), jnp.uint32, read)]
+        if scale is not None:
+            groups, pitch = _shape(scale)
+            group = arith.minsi(_div(number, chunks_of_group), _constant(groups - 1))
+            at = [arith.addi(arith.muli(group, _constant(pitch)), row) for row in rows]
+            factors = [_load_bfloat16(_offset(_pointer(scale), arith.muli(i, _constant(2)))) for i in at]
+            result.append(_array(STATS, (64, 4), jnp.float32, factors))
+        return result
+
+    result = [_result(WORDS, (64, 16), "uint32")]
+    result += [] if scale is None else [_result(STATS, (64, 4), "float32")]
+    refs = [words] if scale is None else [words, scale]
+    types = (_NUMBER, _NUMBER, *[plgpu.RefType()] * len(refs))
+    return _inline(quantized_load_codes, types, result, output, chunk, *refs)
+
+
+def strips_of(chunk: jax.Array, count: int, mains: int = 0, tail_index: Ref | None = None) -> jax.Array:
+    """Which 16 inputs each strip of a chunk multiplies, int32 [4, 16] in STEPS: `count` that follow each other, or, of
+    chunks numbered beyond the main plane's, what the index [T'] says."""
+
+    def quantized_strips_of(_, chunk, tail_index=None):
+        number, c = chunk.registers[()], Place.of(_constant(0)).c
+        own = [arith.addi(arith.muli(number, _constant(count)), arith.addi(c, _constant(4 * j))) for j in range(4)]
+        if tail_index is not None:
+            beyond = arith.subi(number, _constant(mains))
+            inside = arith.extui(_i32(), arith.cmpi(arith.CmpIPredicate.sge, beyond, _constant(0)))
+            code = "{ .reg .pred p; setp.ne.u32 p, $3, 0; mov.u32 $0, $1; @p ld.global.nc.u32 $0, [$2]; }"
+
+            def looked_up(j: int) -> Value:
+                at = arith.addi(arith.muli(beyond, _constant(16)), arith.addi(c, _constant(4 * j)))
+                address = _offset(_pointer(tail_index), arith.muli(at, _constant(4)))
+                return llvm.inline_asm(_i32(), [own[j], address, inside], code, "=r,r,l,r", has_side_effects=True)
+
+            own = [looked_up(j) for j in range(4)]
+        return _array(STEPS, (4, 16), jnp.int32, [own])
+
+    refs = [] if tail_index is None else [tail_index]
+    types = (_NUMBER, *[plgpu.RefType()] * len(refs))
+    return _inline(quantized_strips_of, types, _result(STEPS, (4, 16), "int32"), chunk, *refs)
+
+
+def load_rows(x: Ref, strips: jax.Array, rows: int, stretches: range) -> jax.Array:
+    """Inputs of strips of x [M, K] in global memory, [rows, 64 j] in ROWS for stretches of 64 of them. Rows that x does
+    not have are copies of its last; strips that it does not have are 0."""
+
+    def quantized_load_rows(_, x, strips):
+        place, layout = Place.of(_constant(0)), ROWS.to_mgpu()
+        M, K = _shape(x)
+        (numbers,) = strips.registers.flat
         registers = np.empty(layout.registers_shape((rows, 64 * len(stretches))), object)
-        four = llvm.StructType.get_literal([i32] * 4)
         for tile in range(rows // 8):
-            row = arith.minsi(arith.addi(g, mgpu.c(8 * tile, i32)), mgpu.c(rows_of_x - 1, i32))
-            start = arith.muli(row, mgpu.c(2 * pitch, i32))
-            for j, half in itertools.product(range(len(stretches)), range(2)):
-                offset = arith.addi(start, arith.muli(number[j], mgpu.c(32, i32)))
-                offset = arith.addi(offset, mgpu.c(16 * half, i32))
-                code = "ld.global.nc.v4.u32 {$0, $1, $2, $3}, [$4];"
-                loaded = load(code, "=r,=r,=r,=r,l", four, base, offset)
-                words = [llvm.extractvalue(i32, loaded, [i]) for i in range(4)]
-                registers[tile, j, 0, 0, 0, half, 0] = _vector(words, ir.VectorType.get((8,), bf16))
+            row = arith.minsi(arith.addi(place.g, _constant(8 * tile)), _constant(M - 1))
+            start = arith.muli(row, _constant(2 * K))
+            for i, j in enumerate(stretches):
+                strip = llvm.extractelement(numbers, _constant(j))
+                inside = None
+                if K % 256:  # chunks may reach beyond
+                    inside = arith.cmpi(arith.CmpIPredicate.slt, strip, _constant(K // 16))
+                    strip = arith.minsi(strip, _constant(K // 16 - 1))
+                first = _offset(_pointer(x), arith.addi(start, arith.muli(strip, _constant(32))))
+                for half in range(2):
+                    words = _load(_offset(first, _constant(16 * half)), 4, _CACHED)
+                    if inside is not None:
+                        words = [arith.select(inside, word, _constant(0)) for word in words]
+                    registers[tile, i, 0, 0, 0, half, 0] = _vector(words, ir.VectorType.get((8,), ir.BF16Type.get()))
         return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    result = plgpu.ShapeDtypeStruct((rows, 64 * len(stretches)), jnp.bfloat16, layout=ROWS)
-    types = (plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT)
-    inline: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)
-    return inline(quantized_gather)(x, strips, jnp.asarray(chunk, jnp.int32))
+    result = _result(ROWS, (rows, 64 * len(stretches)), "bfloat16")
+    return _inline(quantized_load_rows, (plgpu.RefType(), STEPS), result, x, strips)
 
 
 class _Ptx(lanes.Instructions):
@@ -224,5 +335,77 @@ def _with_sums(x: mgpu.FragmentedArray, sums: list[list[Value]]) -> mgpu.Fragmen
     return mgpu.FragmentedArray(_registers=registers.reshape(x.registers.shape), _layout=x.layout, _is_signed=None)
 
 
+def _inline(function: Callable, types: tuple, result: Any, *arguments: Any) -> Any:
+    inline: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)
+    return inline(function)(*arguments)
+
+
+def _result(layout: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    return plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout)
+
+
 def _like(total: jax.Array) -> Any:
-    return plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=SUMS)
+    return _result(SUMS, total.shape, jnp.float32)
+
+
+def _array(layout: Any, shape: tuple[int, ...], dtype: Any, registers: Sequence[Sequence[Value]]) -> Any:
+    """Of the words of each register."""
+    tiled, element = layout.to_mgpu(), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
+    size = tiled.vector_length
+    made = np.empty(len(registers), object)
+    made[:] = [_vector(words, ir.VectorType.get((size,), element)) for words in registers]
+    signed = {"i": True, "u": False}.get(jnp.dtype(dtype).kind)
+    made = made.reshape(tiled.registers_shape(shape))
+    return mgpu.FragmentedArray(_registers=made, _layout=tiled, _is_signed=signed)
+
+
+# --- Addresses, and what lies there --------------------------------------------------------------------------
+
+_NUMBER = plgpu.Layout.WG_SPLAT
+# Weights are read once, in runs of 64 bytes; the memory behind the L2 gives more at a time. Rows of x are read by all.
+_STREAM, _CACHED = "ld.global.nc.L1::no_allocate.L2::256B", "ld.global.nc"
+
+
+def _load(address: Value, words: int, instruction: str) -> list[Value]:
+    # Of weights it stays where it is written, chunks ahead of its use; rows of x may be moved.
+    moves = {"has_side_effects": instruction == _STREAM}
+    if words == 1:
+        return [llvm.inline_asm(_i32(), [address], f"{instruction}.u32 $0, [$1];", "=r,l", **moves)]
+    names = ", ".join(f"${i}" for i in range(words))
+    code = f"{instruction}.v{words}.u32 {{{names}}}, [${words}];"
+    type_ = llvm.StructType.get_literal([_i32()] * words)
+    loaded = llvm.inline_asm(type_, [address], code, ",".join(["=r"] * words + ["l"]), **moves)
+    return [llvm.extractvalue(_i32(), loaded, [i]) for i in range(words)]
+
+
+def _load_bfloat16(address: Value) -> list[Value]:
+    """As float32, in a word."""
+    code = "{ .reg .b16 h; ld.global.nc.u16 h, [$1]; mov.b32 $0, {0, h}; }"
+    return [llvm.inline_asm(_i32(), [address], code, "=r,l", has_side_effects=True)]
+
+
+def _shape(ref: Value) -> list[int]:
+    return ir.MemRefType(ref.type).shape
+
+
+def _pointer(ref: Value) -> Value:
+    return llvm.ptrtoint(ir.IntegerType.get_signless(64), mgpu.utils.memref_ptr(ref))
+
+
+def _offset(pointer: Value, nbytes: Value) -> Value:
+    return arith.addi(pointer, arith.extui(ir.IntegerType.get_signless(64), nbytes))
+
+
+def _address(ref: Ref, row: Value, chunk: Value, elements: int, c: Value) -> Value:
+    """Of the quarter of a chunk of so many elements that is thread c's."""
+    size, pitch = mgpu.utils.bitwidth(ir.MemRefType(ref.type).element_type) // 8, _shape(ref)[1]
+    at = arith.addi(arith.muli(row, _constant(pitch)), arith.muli(chunk, _constant(elements)))
+    return _offset(_pointer(ref), arith.muli(arith.addi(at, arith.muli(c, _constant(elements // 4))), _constant(size)))
+
+
+def _div(x: Value, by: int) -> Value:
+    return arith.divui(x, _constant(by))
+
+
+def _rem(x: Value, by: int) -> Value:
+    return arith.remui(x, _constant(by))

@@ -74,21 +74,56 @@ def centered_strips(total, words, stats, steps, x, j):
     return _array(total, of_threads)
 
 
-def integers(total, words, x, bits):
+def integers(total, words, x, scale=None, *, bits):
     """`ptx.integers` by the threads of four warps."""
     of_threads = []
     for warp in range(4):
-        parts = [_sums(total, warp, m) for m in range(0, total.shape[1], 8)]
-        of_threads.append(lanes.integers(Threads(), parts, _words(words, warp, 4), _rows(x), bits))
+        sums = [_sums(total, warp, m) for m in range(0, total.shape[1], 8)]
+        start = sums if scale is None else [[np.zeros_like(y) for y in tile] for tile in sums]
+        parts = lanes.integers(Threads(), start, _words(words, warp, 4), _rows(x), bits)
+        if scale is not None:
+            factors = [f[0] for f in _words(scale, warp, 1) for _ in range(2)]
+            parts = [
+                [y + z * f for y, z, f in zip(*both, factors, strict=True)] for both in zip(sums, parts, strict=True)
+            ]
+        of_threads.append(parts)
     return _array(total, of_threads)
 
 
-def gathered(x, strips, chunk, rows, stretches):
-    """`ptx.gathered`."""
-    places = 16 * chunk + np.add.outer(4 * np.asarray(stretches), np.arange(4)).ravel()
-    number = strips[np.minimum(places, len(strips) - 1)]
+def load_strips(main, tail, output, chunk):
+    """`ptx.load_strips`."""
+    mains = main[0].shape[1] // 16
+    (words, stats, steps), number = (tail, chunk - mains) if chunk >= mains else (main, chunk)
+    rows = np.minimum(output + np.arange(64), len(words) - 1)
+    blocks = np.minimum(output // 16 + np.arange(4), len(steps) - 1)
+    of_chunk = [slice(size * number, size * (number + 1)) for size in (16, 4, 16)]
+    return words[rows, of_chunk[0]], stats[rows, of_chunk[1]], steps[blocks, of_chunk[2]]
+
+
+def load_codes(output, chunk, words, scale=None, *, chunks_of_group):
+    """`ptx.load_codes`."""
+    rows = np.minimum(output + np.arange(64), len(words) - 1)
+    read = words[rows, 16 * chunk : 16 * (chunk + 1)]
+    if scale is None:
+        return (read,)
+    group = min(chunk // chunks_of_group, len(scale) - 1)
+    return read, np.repeat(scale[group, rows].astype(np.float32)[:, None], 4, axis=1)
+
+
+def strips_of(chunk, tail_index=None, *, count, mains):
+    """`ptx.strips_of`: strip 4 j + c of the chunk for register j of thread c."""
+    places = np.add.outer(np.arange(4), 4 * np.arange(4)).ravel()
+    gathered = tail_index is not None and chunk >= mains
+    strips = tail_index[16 * (chunk - mains) + places] if gathered else count * chunk + places
+    return np.tile(strips.astype(np.int32), (4, 1))
+
+
+def load_rows(x, strips, *, rows, stretches):
+    """`ptx.load_rows`."""
+    number = strips[0].reshape(4, 4)[:, list(stretches)].T.ravel()  # [stretch, c]
     inputs = (16 * number[:, None] + np.arange(16)).ravel()
-    return x[np.minimum(np.arange(rows), len(x) - 1)][:, inputs]
+    read = x[np.minimum(np.arange(rows), len(x) - 1)][:, np.minimum(inputs, x.shape[1] - 1)]
+    return np.where(inputs < x.shape[1], read, 0).astype(x.dtype)
 
 
 def _digits(words, stats, steps, warp: int) -> tuple[list, list, list]:
@@ -146,7 +181,12 @@ STAND_INS = {
     "quantized_strips": _stand_in(lambda _, *arrays: strips(*arrays)),
     "quantized_centered_strips": _stand_in(lambda its, *arrays: [centered_strips(*arrays, j=its["j"])]),
     "quantized_integers": _stand_in(lambda its, *arrays: [integers(*arrays, bits=its["bits"])]),
-    "quantized_gather": _stand_in(
-        lambda its, *arrays: [gathered(*arrays, rows=its["rows"], stretches=its["stretches"])]
+    "quantized_load_strips": _stand_in(lambda _, *arrays: load_strips(*arrays)),
+    "quantized_load_codes": _stand_in(lambda its, *arrays: load_codes(*arrays, chunks_of_group=its["chunks_of_group"])),
+    "quantized_strips_of": _stand_in(
+        lambda its, *arrays: [strips_of(*arrays, count=its["count"], mains=its.get("mains"))]
+    ),
+    "quantized_load_rows": _stand_in(
+        lambda its, *arrays: [load_rows(*arrays, rows=its["rows"], stretches=its["stretches"])]
     ),
 }
