@@ -110,13 +110,16 @@ class _Digits:
     def chunks(self) -> int:
         return (self.weight.main.words.shape[1] + self.weight.tail.words.shape[1]) // CHUNK
 
-    def load(self, refs: list[Ref], output: Any, chunk: Any) -> Chunk:
-        return ptx.load_strips(refs[:3], refs[3:6], output, chunk)
+    def start(self, slots: Ref, slot: Any, refs: list[Ref], output: Any, chunk: Any, end: Any) -> None:
+        ptx.start_strips(slots, slot, refs[:3], refs[3:6], output, chunk, end)
+
+    def take(self, slots: Ref, slot: Any, refs: list[Ref], output: Any, chunk: Any) -> Chunk:
+        return ptx.take_strips(slots, slot, refs[:3], refs[3:6], output, chunk)
 
     def strips(self, refs: list[Ref], chunk: Any) -> jax.Array:
         return ptx.strips_of(chunk, 16, self.weight.main.words.shape[1] // CHUNK, refs[6] if len(refs) > 6 else None)
 
-    def start(self, zero: jax.Array) -> list[jax.Array]:
+    def empty(self, zero: jax.Array) -> list[jax.Array]:
         """Sums of no chunk, of tiles [64, M]."""
         return [zero] * (1 if self.centered else 4)
 
@@ -147,15 +150,21 @@ class _Codes:
     def chunks(self) -> int:
         return self.weight.words.shape[1] // CHUNK
 
-    def load(self, refs: list[Ref], output: Any, chunk: Any) -> Chunk:
-        group_size = self.weight.group_size or self.weight.shape[0]
-        scale = refs[1] if len(refs) > 1 else None
-        return ptx.load_codes(refs[0], scale, output, chunk, group_size // chunk_inputs(self.weight.bits))
+    @property
+    def per_group(self) -> int:
+        """Chunks that share scales."""
+        return (self.weight.group_size or self.weight.shape[0]) // chunk_inputs(self.weight.bits)
+
+    def start(self, slots: Ref, slot: Any, refs: list[Ref], output: Any, chunk: Any, end: Any) -> None:
+        ptx.start_codes(slots, slot, refs, self.per_group, output, chunk, end)
+
+    def take(self, slots: Ref, slot: Any, refs: list[Ref], output: Any, chunk: Any) -> Chunk:
+        return ptx.take_codes(slots, slot, refs, self.per_group, output, chunk)
 
     def strips(self, refs: list[Ref], chunk: Any) -> jax.Array:
         return ptx.strips_of(chunk, chunk_inputs(self.weight.bits) // 16)
 
-    def start(self, zero: jax.Array) -> list[jax.Array]:
+    def empty(self, zero: jax.Array) -> list[jax.Array]:
         return [zero]
 
     def add(self, sums: list[jax.Array], chunk: Chunk, x: Rows) -> list[jax.Array]:
@@ -191,11 +200,11 @@ def _outputs(
     """The kernel, [M, O]. `per_output` has arrays [parts, O], padded to whole tiles: "scale", "bias"."""
     (M, K), parts, hopper = x.shape, parts_of(activation), copies_of_device().fill
     O, copies, arrays = N // parts, copies_of_device(), at.arrays
-    tiles, ahead, splits = config.tiles, config.stages - 1, min(config.num_splits, at.chunks)
+    tiles, stages, splits = config.tiles, config.stages, min(config.num_splits, at.chunks)
     n, padded = TILE * tiles, M + -M % 8
     blocks = -(-O // n)
 
-    def kernel(*refs, out_smem: Any = None, partial: Any = None):
+    def kernel(*refs, slots: Ref, out_smem: Any = None, partial: Any = None):
         x_gmem, given, out_gmem = refs[0], iter(refs[1:-1]), refs[-1]
         option = {name: next(given) for name in per_output}
         gmem = list(given)
@@ -205,27 +214,35 @@ def _outputs(
         begin, end = (lax.div((split + i) * at.chunks, splits) for i in range(2))
         every_tile = [(part, tile) for part in range(parts) for tile in range(tiles)]
 
-        def load(chunk: Any) -> tuple[jax.Array, list[Chunk]]:
-            """Which inputs a chunk multiplies, and it, of every tile."""
-            where = [part * O + output + TILE * tile for part, tile in every_tile]
-            return at.strips(gmem, chunk), [at.load(gmem, o, chunk) for o in where]
+        outputs = [part * O + output + TILE * tile for part, tile in every_tile]
 
-        def multiply(chunk: Any, carried: Any) -> Any:
-            sums, waiting = carried
-            # The next loads are on their way before this chunk's first word or scale is looked at.
-            queue = [*waiting, load(jnp.minimum(chunk + ahead, end - 1))]
-            strips, of_tiles = queue.pop(0)
+        def start(chunk: Any) -> None:
+            for i, first in enumerate(outputs):
+                at.start(slots, slot_of(chunk, i), gmem, first, chunk, end)
+            ptx.end_group()
+
+        def slot_of(chunk: Any, i: int) -> Any:
+            return lax.rem(chunk, stages) * len(outputs) + i
+
+        def multiply(chunk: Any, sums: list) -> list:
+            # The next copies are on their way before this chunk's first word or scale is looked at.
+            start(chunk + stages - 1)
+            strips = at.strips(gmem, chunk)
+            ptx.wait_for_groups(but=stages - 1)
 
             def x_of(stretches: range) -> jax.Array:
                 return ptx.load_rows(x_gmem, strips, padded, stretches)
 
             # Read once for all tiles, or for each what it takes at a time.
-            rows = functools.cache(x_of) if padded <= 16 else x_of
-            return [at.add(s, c, rows) for s, c in zip(sums, of_tiles, strict=True)], queue
+            rows, out = functools.cache(x_of) if padded <= 16 else x_of, []
+            for i, (first, total) in enumerate(zip(outputs, sums, strict=True)):
+                out.append(at.add(total, at.take(slots, slot_of(chunk, i), gmem, first, chunk), rows))
+            return out
 
-        sums = [at.start(_zeros((TILE, padded))) for _ in every_tile]
-        waiting = [load(jnp.minimum(begin + i, end - 1)) for i in range(ahead)]
-        sums, _ = lax.fori_loop(begin, end, multiply, (sums, waiting))
+        for i in range(stages - 1):
+            start(begin + i)
+        sums = [at.empty(_zeros((TILE, padded))) for _ in outputs]
+        sums = lax.fori_loop(begin, end, multiply, sums)
         z = [at.total(tile) for tile in sums]
 
         def finish(z: list[jax.Array]) -> None:
@@ -261,7 +278,8 @@ def _outputs(
         cluster.sync()  # no block is gone while others read from it
 
     kernel.__name__ = f"quantized_matmul_{type(at).__name__.strip('_').lower()}"
-    scratch: dict[str, Any] = {}
+    slots = stages * parts * tiles
+    scratch: dict[str, Any] = {"slots": plgpu.SMEM((slots, ptx.BYTES_AHEAD // 4), jnp.uint32)}
     if hopper:
         scratch["out_smem"] = tile_memory(padded, n, dtype=x.dtype)
     if splits > 1:

@@ -11,7 +11,6 @@ A warpgroup holds tiles of 64 outputs, 16 a warp. Layouts, thread 4 g + c of eac
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -129,68 +128,130 @@ class Place:
         return arith.minsi(arith.addi(_div(self.output, 16), self.warp), _constant(last))
 
 
-def load_strips(
-    main: Sequence[Ref], tail: Sequence[Ref], output: jax.Array, chunk: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """words [64, 16], stats [64, 4] and steps [4, 16] of 64 outputs, from global memory: of a chunk of the main plane
-    (words, stats, steps), or, of those numbered beyond it, of the tail."""
+# --- Copies ahead of use: each thread copies what it will read itself, so that nobody waits for another ------
 
-    def quantized_load_strips(_, main, tail, output, chunk):
+# What a thread has of a chunk, as 16 bytes each: the words of two outputs, and statistics or scales.
+PIECES = 3
+BYTES_AHEAD = 16 * PIECES * 128  # of a chunk of 64 outputs
+
+
+def start_strips(
+    slots: Ref, slot: Any, main: Sequence[Ref], tail: Sequence[Ref], output: Any, chunk: Any, end: Any
+) -> None:
+    """Copies words, stats and steps of 64 outputs from global memory to a slot: of a chunk of the main plane (words,
+    stats, steps), or, of those numbered beyond it, of the tail. Not of chunks from `end` on."""
+
+    def quantized_start(_, slots, slot, main, tail, output, chunk, end):
         place, number = Place.of(output.registers[()]), chunk.registers[()]
-        mains = _shape(main[0])[1] // 16
+        mains, live = _shape(main[0])[1] // 16, _below(number, end)
         beyond = arith.cmpi(arith.CmpIPredicate.sge, number, _constant(mains))
 
-        def load(array: int, elements: int, words: int, row_of: Callable[[int], Value]) -> list[Value]:
+        def copy(array: int, elements: int, nbytes: int, row_of: Callable[[int], Value], at: int) -> None:
             def address(plane: Sequence[Ref], chunk: Value) -> Value:
                 return _address(plane[array], row_of(_shape(plane[array])[0] - 1), chunk, elements, place.c)
 
-            at = address(main, number)
+            source = address(main, number)
             if tail:
-                at = arith.select(beyond, address(tail, arith.subi(number, _constant(mains))), at)
-            return _load(at, words, _STREAM)
+                source = arith.select(beyond, address(tail, arith.subi(number, _constant(mains))), source)
+            _copy(_slot_address(slots, slot, at), source, nbytes, live)
 
-        words = [load(0, 16, 4, lambda last, i=i: place.rows(last)[i]) for i in range(2)]
-        stats = [load(1, 4, 1, lambda last, i=i: place.rows(last)[i]) for i in range(2)]
-        steps = load(2, 16, 2, place.block)
+        for i in range(2):
+            copy(0, 16, 16, lambda last, i=i: place.rows(last)[i], 2048 * i)
+            copy(1, 4, 4, lambda last, i=i: place.rows(last)[i], 4096 + 4 * i)
+        copy(2, 16, 8, place.block, 4096 + 8)
+
+    refs = [plgpu.RefType()] * len(main), [plgpu.RefType()] * len(tail)
+    types = (plgpu.RefType(), _NUMBER, *refs, _NUMBER, _NUMBER, _NUMBER)
+    _inline(quantized_start, types, (), slots, slot, list(main), list(tail), output, chunk, end)
+
+
+def take_strips(
+    slots: Ref, slot: Any, main: Sequence[Ref], tail: Sequence[Ref], output: Any, chunk: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `start_strips` has copied: words [64, 16], stats [64, 4] and steps [4, 16]."""
+
+    def quantized_take_strips(_, slots, slot, main, tail, output, chunk):
+        del main, tail, output, chunk  # for those who execute it without slots
+        words = [_read(_slot_address(slots, slot, 2048 * i)) for i in range(2)]
+        g, g_8, *steps = _read(_slot_address(slots, slot, 4096))
         return (
             _array(WORDS, (64, 16), jnp.uint32, words),
-            _array(STATS, (64, 4), jnp.uint32, stats),
+            _array(STATS, (64, 4), jnp.uint32, [[g], [g_8]]),
             _array(STEPS, (4, 16), jnp.bfloat16, [steps]),
         )
 
+    refs = [plgpu.RefType()] * len(main), [plgpu.RefType()] * len(tail)
+    types = (plgpu.RefType(), _NUMBER, *refs, _NUMBER, _NUMBER)
     result = [
         _result(WORDS, (64, 16), "uint32"),
         _result(STATS, (64, 4), "uint32"),
         _result(STEPS, (4, 16), "bfloat16"),
     ]
-    refs = [plgpu.RefType()] * len(main), [plgpu.RefType()] * len(tail)
-    return _inline(quantized_load_strips, (*refs, _NUMBER, _NUMBER), result, list(main), list(tail), output, chunk)
+    return _inline(quantized_take_strips, types, result, slots, slot, list(main), list(tail), output, chunk)
 
 
-def load_codes(
-    words: Ref, scale: Ref | None, output: jax.Array, chunk: jax.Array, chunks_of_group: int
-) -> tuple[jax.Array, ...]:
-    """words [64, 16] of 64 outputs and a chunk, and, of scales [groups, N'], what belongs to them: [64, 4], the same
-    four times."""
+def start_codes(slots: Ref, slot: Any, refs: Sequence[Ref], per_group: int, output: Any, chunk: Any, end: Any) -> None:
+    """Copies words of 64 outputs, and their scales [groups, N'] of as many chunks each, if there are any."""
 
-    def quantized_load_codes(_, output, chunk, words, scale=None):
+    def quantized_start(_, slots, slot, refs, output, chunk, end):
         place, number = Place.of(output.registers[()]), chunk.registers[()]
-        rows = place.rows(_shape(words)[0] - 1)
-        read = [_load(_address(words, row, number, 16, place.c), 4, _STREAM) for row in rows]
-        result = [_array(WORDS, (64, 16), jnp.uint32, read)]
-        if scale is not None:
-            groups, pitch = _shape(scale)
-            group = arith.minsi(_div(number, chunks_of_group), _constant(groups - 1))
-            at = [arith.addi(arith.muli(group, _constant(pitch)), row) for row in rows]
-            factors = [_load_bfloat16(_offset(_pointer(scale), arith.muli(i, _constant(2)))) for i in at]
-            result.append(_array(STATS, (64, 4), jnp.float32, factors))
-        return result
+        live, (words, *scales) = _below(number, end), refs
+        for i, row in enumerate(place.rows(_shape(words)[0] - 1)):
+            _copy(_slot_address(slots, slot, 2048 * i), _address(words, row, number, 16, place.c), 16, live)
+            for scale in scales:  # two neighbors: no copy is of fewer than four bytes
+                pair = arith.muli(_div(row, 2), _constant(2))
+                element = arith.addi(arith.muli(_div(number, per_group), _constant(_shape(scale)[1])), pair)
+                source = _offset(_pointer(scale), arith.muli(element, _constant(2)))
+                _copy(_slot_address(slots, slot, 4096 + 4 * i), source, 4, live)
 
-    result = [_result(WORDS, (64, 16), "uint32")]
-    result += [] if scale is None else [_result(STATS, (64, 4), "float32")]
-    refs = [words] if scale is None else [words, scale]
-    types = (_NUMBER, _NUMBER, *[plgpu.RefType()] * len(refs))
-    return _inline(quantized_load_codes, types, result, output, chunk, *refs)
+    types = (plgpu.RefType(), _NUMBER, [plgpu.RefType()] * len(refs), _NUMBER, _NUMBER, _NUMBER)
+    _inline(quantized_start, types, (), slots, slot, list(refs), output, chunk, end)
+
+
+def take_codes(
+    slots: Ref, slot: Any, refs: Sequence[Ref], per_group: int, output: Any, chunk: Any
+) -> tuple[jax.Array, ...]:
+    """What `start_codes` has copied: words [64, 16], and scales [64, 4], the same four times."""
+
+    def quantized_take_codes(_, slots, slot, refs, output, chunk):
+        assert per_group  # as in quantized_take_strips
+        del chunk
+        result = [_array(WORDS, (64, 16), jnp.uint32, [_read(_slot_address(slots, slot, 2048 * i)) for i in range(2)])]
+        if len(refs) == 1:
+            return result
+        place = Place.of(output.registers[()])
+        rows = place.rows(_shape(refs[0])[0] - 1)
+        pairs = _read(_slot_address(slots, slot, 4096))[:2]
+        # bfloat16 in the high half of a word is float32.
+        shifts = [arith.muli(arith.subi(_constant(1), _rem(row, 2)), _constant(16)) for row in rows]
+        high = [arith.shli(pair, shift) for pair, shift in zip(pairs, shifts, strict=True)]
+        factors = [[arith.andi(word, _constant(0xFFFF0000))] for word in high]
+        return [*result, _array(STATS, (64, 4), jnp.float32, factors)]
+
+    types = (plgpu.RefType(), _NUMBER, [plgpu.RefType()] * len(refs), _NUMBER, _NUMBER)
+    result = [_result(WORDS, (64, 16), "uint32"), _result(STATS, (64, 4), "float32")][: len(refs)]
+    return _inline(quantized_take_codes, types, result, slots, slot, list(refs), output, chunk)
+
+
+def end_group() -> None:
+    """What was started since the last call is a group."""
+
+    def quantized_end_group(_):
+        mgpu.utils.inline_ptx("cp.async.commit_group;")
+
+    plgpu.inline_mgpu()(quantized_end_group)()
+
+
+def wait_for_groups(but: int) -> None:
+    """All but so many last groups have arrived."""
+
+    def quantized_wait(_):
+        mgpu.utils.inline_ptx(f"cp.async.wait_group {but};")
+
+    plgpu.inline_mgpu()(quantized_wait)()
+
+
+# --- Rows of x ------------------------------------------------------------------------------------------------
 
 
 def strips_of(chunk: jax.Array, count: int, mains: int = 0, tail_index: Ref | None = None) -> jax.Array:
@@ -238,7 +299,7 @@ def load_rows(x: Ref, strips: jax.Array, rows: int, stretches: range) -> jax.Arr
                     strip = arith.minsi(strip, _constant(K // 16 - 1))
                 first = _offset(_pointer(x), arith.addi(start, arith.muli(strip, _constant(32))))
                 for half in range(2):
-                    words = _load(_offset(first, _constant(16 * half)), 4, _CACHED)
+                    words = _load(_offset(first, _constant(16 * half)), "global.nc", moves=True)
                     if inside is not None:
                         words = [arith.select(inside, word, _constant(0)) for word in words]
                     registers[tile, i, 0, 0, 0, half, 0] = _vector(words, ir.VectorType.get((8,), ir.BF16Type.get()))
@@ -362,26 +423,39 @@ def _array(layout: Any, shape: tuple[int, ...], dtype: Any, registers: Sequence[
 # --- Addresses, and what lies there --------------------------------------------------------------------------
 
 _NUMBER = plgpu.Layout.WG_SPLAT
-# Weights are read once, in runs of 64 bytes; the memory behind the L2 gives more at a time. Rows of x are read by all.
-_STREAM, _CACHED = "ld.global.nc.L1::no_allocate.L2::256B", "ld.global.nc"
 
 
-def _load(address: Value, words: int, instruction: str) -> list[Value]:
-    # Of weights it stays where it is written, chunks ahead of its use; rows of x may be moved.
-    moves = {"has_side_effects": instruction == _STREAM}
-    if words == 1:
-        return [llvm.inline_asm(_i32(), [address], f"{instruction}.u32 $0, [$1];", "=r,l", **moves)]
-    names = ", ".join(f"${i}" for i in range(words))
-    code = f"{instruction}.v{words}.u32 {{{names}}}, [${words}];"
-    type_ = llvm.StructType.get_literal([_i32()] * words)
-    loaded = llvm.inline_asm(type_, [address], code, ",".join(["=r"] * words + ["l"]), **moves)
-    return [llvm.extractvalue(_i32(), loaded, [i]) for i in range(words)]
+def _below(number: Value, end: Any) -> Value:
+    return arith.cmpi(arith.CmpIPredicate.slt, number, end.registers[()])
 
 
-def _load_bfloat16(address: Value) -> list[Value]:
-    """As float32, in a word."""
-    code = "{ .reg .b16 h; ld.global.nc.u16 h, [$1]; mov.b32 $0, {0, h}; }"
-    return [llvm.inline_asm(_i32(), [address], code, "=r,l", has_side_effects=True)]
+def _copy(target: Value, source: Value, nbytes: int, live: Value) -> None:
+    """From global to shared memory, past the L1 where whole sectors are; the memory behind the L2 gives more at once."""
+    how = "cg.shared.global.L2::256B" if nbytes == 16 else "ca.shared.global"
+    code = f"@$2 cp.async.{how} [$0], [$1], {nbytes};"
+    llvm.inline_asm(ir.Type.parse("!llvm.void"), [target, source, live], code, "r,l,b", has_side_effects=True)
+
+
+def _slot_address(slots: Ref, slot: Any, at: int) -> Value:
+    """Of this thread's 16 bytes of a piece that begins at `at`, in shared memory."""
+    base = llvm.ptrtoint(_i32(), mgpu.utils.memref_ptr(slots))
+    own = arith.muli(_rem(mgpu.utils.thread_idx(), 128), _constant(16))
+    return arith.addi(
+        base, arith.addi(arith.addi(arith.muli(slot.registers[()], _constant(BYTES_AHEAD)), own), _constant(at))
+    )
+
+
+def _load(address: Value, space: str, moves: bool) -> list[Value]:
+    """16 bytes."""
+    code = f"ld.{space}.v4.u32 {{$0, $1, $2, $3}}, [$4];"
+    type_ = llvm.StructType.get_literal([_i32()] * 4)
+    constraint = "=r,=r,=r,=r,l" if address.type == ir.IntegerType.get_signless(64) else "=r,=r,=r,=r,r"
+    loaded = llvm.inline_asm(type_, [address], code, constraint, has_side_effects=not moves)
+    return [llvm.extractvalue(_i32(), loaded, [i]) for i in range(4)]
+
+
+def _read(address: Value) -> list[Value]:
+    return _load(address, "shared", moves=False)  # after the wait
 
 
 def _shape(ref: Value) -> list[int]:

@@ -90,8 +90,8 @@ def integers(total, words, x, scale=None, *, bits):
     return _array(total, of_threads)
 
 
-def load_strips(main, tail, output, chunk):
-    """`ptx.load_strips`."""
+def take_strips(main, tail, output, chunk):
+    """`ptx.take_strips`, without copies ahead."""
     mains = main[0].shape[1] // 16
     (words, stats, steps), number = (tail, chunk - mains) if chunk >= mains else (main, chunk)
     rows = np.minimum(output + np.arange(64), len(words) - 1)
@@ -100,14 +100,12 @@ def load_strips(main, tail, output, chunk):
     return words[rows, of_chunk[0]], stats[rows, of_chunk[1]], steps[blocks, of_chunk[2]]
 
 
-def load_codes(output, chunk, words, scale=None, *, chunks_of_group):
-    """`ptx.load_codes`."""
+def take_codes(arrays, output, chunk, *, per_group):
+    """`ptx.take_codes`, without copies ahead."""
+    words, *scales = arrays
     rows = np.minimum(output + np.arange(64), len(words) - 1)
-    read = words[rows, 16 * chunk : 16 * (chunk + 1)]
-    if scale is None:
-        return (read,)
-    group = min(chunk // chunks_of_group, len(scale) - 1)
-    return read, np.repeat(scale[group, rows].astype(np.float32)[:, None], 4, axis=1)
+    factors = [np.repeat(scale[chunk // per_group, rows].astype(np.float32)[:, None], 4, axis=1) for scale in scales]
+    return words[rows, 16 * chunk : 16 * (chunk + 1)], *factors
 
 
 def strips_of(chunk, tail_index=None, *, count, mains):
@@ -181,8 +179,11 @@ STAND_INS = {
     "quantized_strips": _stand_in(lambda _, *arrays: strips(*arrays)),
     "quantized_centered_strips": _stand_in(lambda its, *arrays: [centered_strips(*arrays, j=its["j"])]),
     "quantized_integers": _stand_in(lambda its, *arrays: [integers(*arrays, bits=its["bits"])]),
-    "quantized_load_strips": _stand_in(lambda _, *arrays: load_strips(*arrays)),
-    "quantized_load_codes": _stand_in(lambda its, *arrays: load_codes(*arrays, chunks_of_group=its["chunks_of_group"])),
+    "quantized_take_strips": _stand_in(lambda _, slots, slot, *arrays: take_strips(*arrays)),
+    "quantized_take_codes": _stand_in(
+        lambda its, slots, slot, *arrays: take_codes(*arrays, per_group=its["per_group"])
+    ),
+    **dict.fromkeys(("quantized_start", "quantized_end_group", "quantized_wait"), lambda equation, *values: []),
     "quantized_strips_of": _stand_in(
         lambda its, *arrays: [strips_of(*arrays, count=its["count"], mains=its.get("mains"))]
     ),
