@@ -35,6 +35,7 @@ from pallas_kernels.core.mma import copies_of_device, cost_option, store, tile_m
 from pallas_kernels.quantized_matmul import ptx
 from pallas_kernels.quantized_matmul.config import MosaicGpuConfig, chunk_inputs
 from pallas_kernels.quantized_matmul.packing import CHUNK
+from pallas_kernels.quantized_matmul.ring import Ring, barrier, wait
 from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight, Weight
 
 Ref = Any
@@ -47,7 +48,7 @@ _ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
 def supports(call: Call, device: Device) -> Refusal | None:
     if device.platform != "gpu" or device.arch not in _ARCHS:
         return Refusal(f"it is for NVIDIA GPUs of Ampere, Ada and Hopper, and this is {device}")
-    s, dtype, bits, hopper = call.sizes, call.arguments[0].dtype, call.option("bits"), device.arch == "sm90"
+    s, dtype, bits = call.sizes, call.arguments[0].dtype, call.option("bits")
     if dtype != "bfloat16":
         return Refusal(f"it makes bfloat16 of weights, and x is {dtype}; cast it")
     if s["M"] > MOST_ROWS:
@@ -61,10 +62,10 @@ def supports(call: Call, device: Device) -> Refusal | None:
     inputs = chunk_inputs(bits)
     if (group := call.option("group_size")) is not None and group % inputs:
         return Refusal(f"groups of {group} inputs; it takes multiples of {inputs} at {bits} bits")
-    outputs = s["N"] // parts_of(call.option("activation"))
-    o = 16 if hopper else TILE  # what Hopper's copies leave alone of a last tile
-    if s["K"] % 16 or outputs % o:
-        return Refusal(f"K={s['K']} and O={outputs} features; it takes multiples of 16 and {o} on {device.arch}")
+    if s["K"] % 16:
+        return Refusal(f"K={s['K']} features; it takes multiples of 16")
+    if parts_of(call.option("activation")) == 2 and s["N"] % 32:
+        return Refusal(f"N={s['N']} columns of gates and what they gate; it takes multiples of 32")
     return None
 
 
@@ -86,7 +87,7 @@ def forward(
         return jnp.pad(array, ((0, 0), (0, -array.shape[1] % (TILE * config.tiles))))
 
     per_output = {name: padded(array) for name, array in per_output.items()}
-    return _outputs(at, x, N, per_output, activation=activation, config=config)[:M]
+    return _outputs(at, x, N, per_output, activation=activation, config=config)
 
 
 # --- What a chunk of each kind of weight is, and what becomes of it -------------------------------------------
@@ -110,14 +111,8 @@ class _Digits:
     def chunks(self) -> int:
         return (self.weight.main.words.shape[1] + self.weight.tail.words.shape[1]) // CHUNK
 
-    def start(self, slots: Ref, slot: Any, refs: list[Ref], output: Any, chunk: Any, end: Any) -> None:
-        ptx.start_strips(slots, slot, refs[:3], refs[3:6], output, chunk, end)
-
-    def take(self, slots: Ref, slot: Any, refs: list[Ref], output: Any, chunk: Any) -> Chunk:
-        return ptx.take_strips(slots, slot, refs[:3], refs[3:6], output, chunk)
-
-    def strips(self, refs: list[Ref], chunk: Any) -> jax.Array:
-        return ptx.strips_of(chunk, 16, self.weight.main.words.shape[1] // CHUNK, refs[6] if len(refs) > 6 else None)
+    def ring(self, tiles: int, rows: int) -> Ring:
+        return Ring(chunk_inputs(2), tiles, rows, mains=self.weight.main.words.shape[1] // CHUNK)
 
     def empty(self, zero: jax.Array) -> list[jax.Array]:
         """Sums of no chunk, of tiles [64, M]."""
@@ -150,19 +145,9 @@ class _Codes:
     def chunks(self) -> int:
         return self.weight.words.shape[1] // CHUNK
 
-    @property
-    def per_group(self) -> int:
-        """Chunks that share scales."""
-        return (self.weight.group_size or self.weight.shape[0]) // chunk_inputs(self.weight.bits)
-
-    def start(self, slots: Ref, slot: Any, refs: list[Ref], output: Any, chunk: Any, end: Any) -> None:
-        ptx.start_codes(slots, slot, refs, self.per_group, output, chunk, end)
-
-    def take(self, slots: Ref, slot: Any, refs: list[Ref], output: Any, chunk: Any) -> Chunk:
-        return ptx.take_codes(slots, slot, refs, self.per_group, output, chunk)
-
-    def strips(self, refs: list[Ref], chunk: Any) -> jax.Array:
-        return ptx.strips_of(chunk, chunk_inputs(self.weight.bits) // 16)
+    def ring(self, tiles: int, rows: int) -> Ring:
+        inputs = chunk_inputs(self.weight.bits)
+        return Ring(inputs, tiles, rows, per_group=(self.weight.group_size or self.weight.shape[0]) // inputs)
 
     def empty(self, zero: jax.Array) -> list[jax.Array]:
         return [zero]
@@ -203,6 +188,8 @@ def _outputs(
     tiles, stages, splits = config.tiles, config.stages, min(config.num_splits, at.chunks)
     n, padded = TILE * tiles, M + -M % 8
     blocks = -(-O // n)
+    # Copies on Hopper leave alone what is not there, in whole tiles. The rest is cut off afterwards.
+    columns = O if hopper and O % TILE == 0 else blocks * n
 
     def kernel(*refs, slots: Ref, out_smem: Any = None, partial: Any = None):
         x_gmem, given, out_gmem = refs[0], iter(refs[1:-1]), refs[-1]
@@ -212,31 +199,28 @@ def _outputs(
         output, zero = block * n, lax.div(block, blocks)
         split = lax.axis_index("split") if splits > 1 else zero
         begin, end = (lax.div((split + i) * at.chunks, splits) for i in range(2))
-        every_tile = [(part, tile) for part in range(parts) for tile in range(tiles)]
-
-        outputs = [part * O + output + TILE * tile for part, tile in every_tile]
+        outputs = [part * O + output + TILE * tile for part in range(parts) for tile in range(tiles)]
+        index = gmem[6] if len(gmem) > 6 else None
 
         def start(chunk: Any) -> None:
-            for i, first in enumerate(outputs):
-                at.start(slots, slot_of(chunk, i), gmem, first, chunk, end)
-            ptx.end_group()
-
-        def slot_of(chunk: Any, i: int) -> Any:
-            return lax.rem(chunk, stages) * len(outputs) + i
+            ring.start(slots, lax.rem(chunk, stages), gmem, x_gmem, outputs, chunk, end)
 
         def multiply(chunk: Any, sums: list) -> list:
-            # The next copies are on their way before this chunk's first word or scale is looked at.
-            start(chunk + stages - 1)
-            strips = at.strips(gmem, chunk)
-            ptx.wait_for_groups(but=stages - 1)
+            if stages == 1:
+                barrier()
+                start(chunk)
+            wait(but=max(stages - 2, 0))
+            if stages > 1:
+                start(chunk + stages - 1)  # to the slot that all threads have read in the step before
+            slot = lax.rem(chunk, stages)
 
             def x_of(stretches: range) -> jax.Array:
-                return ptx.load_rows(x_gmem, strips, padded, stretches)
+                return ring.take_rows(slots, slot, x_gmem, index, chunk, padded, stretches)
 
             # Read once for all tiles, or for each what it takes at a time.
             rows, out = functools.cache(x_of) if padded <= 16 else x_of, []
             for i, (first, total) in enumerate(zip(outputs, sums, strict=True)):
-                out.append(at.add(total, at.take(slots, slot_of(chunk, i), gmem, first, chunk), rows))
+                out.append(at.add(total, ring.take(slots, slot, gmem, i, first, chunk), rows))
             return out
 
         for i in range(stages - 1):
@@ -249,10 +233,10 @@ def _outputs(
             for tile in range(tiles):
                 of_parts = z[tile::tiles]
                 for name, array in option.items():
-                    columns = [array.at[part, pl.ds(output + TILE * tile, TILE)] for part in range(parts)]
-                    columns = [plgpu.load(c, layout=ptx.SUMS.reduce(1), optimized=False) for c in columns]
-                    columns = [_along_rows(c.astype(jnp.float32), (TILE, padded)) for c in columns]
-                    of_parts = [y * c if name == "scale" else y + c for y, c in zip(of_parts, columns, strict=True)]
+                    of_output = [array.at[part, pl.ds(output + TILE * tile, TILE)] for part in range(parts)]
+                    of_output = [plgpu.load(c, layout=ptx.SUMS.reduce(1), optimized=False) for c in of_output]
+                    of_output = [_along_rows(c.astype(jnp.float32), (TILE, padded)) for c in of_output]
+                    of_parts = [y * c if name == "scale" else y + c for y, c in zip(of_parts, of_output, strict=True)]
                 y = activate_parts(of_parts, activation)
                 if hopper:
                     out_smem.at[:, pl.ds(TILE * tile, TILE)].transpose((1, 0))[...] = y.astype(x.dtype)
@@ -278,15 +262,15 @@ def _outputs(
         cluster.sync()  # no block is gone while others read from it
 
     kernel.__name__ = f"quantized_matmul_{type(at).__name__.strip('_').lower()}"
-    slots = stages * parts * tiles
-    scratch: dict[str, Any] = {"slots": plgpu.SMEM((slots, ptx.BYTES_AHEAD // 4), jnp.uint32)}
+    ring = at.ring(parts * tiles, M)
+    scratch: dict[str, Any] = {"slots": plgpu.SMEM((stages, ring.nbytes // 4), jnp.uint32)}
     if hopper:
         scratch["out_smem"] = tile_memory(padded, n, dtype=x.dtype)
     if splits > 1:
         scratch["partial"] = plgpu.SMEM((parts * tiles, TILE, padded), jnp.float32)
     out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((M, O), x.dtype) if hopper else jax.ShapeDtypeStruct((O, M), jnp.float32),
+        out_type=jax.ShapeDtypeStruct(*((M, columns), x.dtype) if hopper else ((columns, padded), jnp.float32)),
         grid=(blocks,),
         grid_names=("block",),
         **({"cluster": (splits,), "cluster_names": ("split",)} if splits > 1 else {}),
@@ -299,4 +283,4 @@ def _outputs(
         ),
     )(x, *per_output.values(), *arrays)
     # Ampere has no copies out of shared memory that would turn Z^T around: XLA does.
-    return out if hopper else out.T.astype(x.dtype)
+    return out[:, :O] if hopper else out[:O, :M].T.astype(x.dtype)

@@ -72,8 +72,8 @@ def test_on_a_gpu(shape, config):
             HOPPER,
             "M=65 rows; it takes 64, and more are faster on weights decoded once",
         ),
-        (Shape(8, 72, 256), "bfloat16", HOPPER, "K=256 and O=72 features; it takes multiples of 16 and 16 on sm90"),
-        (Shape(8, 96, 320), "bfloat16", AMPERE, "K=320 and O=96 features; it takes multiples of 16 and 64 on sm80"),
+        (Shape(8, 144, 256, activation="swiglu"), "bfloat16", HOPPER, "N=144 columns of gates and what they gate"),
+        (Shape(8, 72, 264), "bfloat16", HOPPER, "K=264 features; it takes multiples of 16"),
         (Shape(8, 128, 256, "int2"), "bfloat16", HOPPER, 'it takes 2 bits as part of scheme="mixed_2_4" only'),
         (Shape(8, 128, 256, outliers=2), "bfloat16", HOPPER, "it does not add outliers"),
         (

@@ -90,36 +90,28 @@ def integers(total, words, x, scale=None, *, bits):
     return _array(total, of_threads)
 
 
-def take_strips(main, tail, output, chunk):
-    """`ptx.take_strips`, without copies ahead."""
-    mains = main[0].shape[1] // 16
-    (words, stats, steps), number = (tail, chunk - mains) if chunk >= mains else (main, chunk)
-    rows = np.minimum(output + np.arange(64), len(words) - 1)
-    blocks = np.minimum(output // 16 + np.arange(4), len(steps) - 1)
+def take(ring, arrays, output, chunk):
+    """`Ring.take`, from where the ring copies it."""
+    rows = np.minimum(output + np.arange(64), len(arrays[0]) - 1)
+    if ring.per_group:
+        words, *scales = arrays
+        columns = [
+            np.repeat(scale[chunk // ring.per_group, rows].astype(np.float32)[:, None], 4, axis=1) for scale in scales
+        ]
+        return words[rows, 16 * chunk : 16 * (chunk + 1)], *columns
+    planes, number = (arrays[3:6], chunk - ring.mains) if chunk >= ring.mains else (arrays[:3], chunk)
+    blocks = np.minimum(output // 16 + np.arange(4), len(planes[2]) - 1)
     of_chunk = [slice(size * number, size * (number + 1)) for size in (16, 4, 16)]
-    return words[rows, of_chunk[0]], stats[rows, of_chunk[1]], steps[blocks, of_chunk[2]]
+    return [plane[of_rows, here] for plane, of_rows, here in zip(planes, (rows, rows, blocks), of_chunk, strict=True)]
 
 
-def take_codes(arrays, output, chunk, *, per_group):
-    """`ptx.take_codes`, without copies ahead."""
-    words, *scales = arrays
-    rows = np.minimum(output + np.arange(64), len(words) - 1)
-    factors = [np.repeat(scale[chunk // per_group, rows].astype(np.float32)[:, None], 4, axis=1) for scale in scales]
-    return words[rows, 16 * chunk : 16 * (chunk + 1)], *factors
-
-
-def strips_of(chunk, tail_index=None, *, count, mains):
-    """`ptx.strips_of`: strip 4 j + c of the chunk for register j of thread c."""
-    places = np.add.outer(np.arange(4), 4 * np.arange(4)).ravel()
-    gathered = tail_index is not None and chunk >= mains
-    strips = tail_index[16 * (chunk - mains) + places] if gathered else count * chunk + places
-    return np.tile(strips.astype(np.int32), (4, 1))
-
-
-def load_rows(x, strips, *, rows, stretches):
-    """`ptx.load_rows`."""
-    number = strips[0].reshape(4, 4)[:, list(stretches)].T.ravel()  # [stretch, c]
-    inputs = (16 * number[:, None] + np.arange(16)).ravel()
+def take_rows(ring, x, chunk, index=None, *, rows, stretches):
+    """`Ring.take_rows`, from where the ring copies them."""
+    strips = ring.inputs // 16 * chunk + np.arange(ring.inputs // 16)
+    if index is not None and chunk >= ring.mains:
+        strips = index[16 * (chunk - ring.mains) + np.arange(16)]
+    strips = strips.reshape(-1, 4)[list(stretches)].ravel()
+    inputs = (16 * strips[:, None] + np.arange(16)).ravel()
     read = x[np.minimum(np.arange(rows), len(x) - 1)][:, np.minimum(inputs, x.shape[1] - 1)]
     return np.where(inputs < x.shape[1], read, 0).astype(x.dtype)
 
@@ -179,15 +171,11 @@ STAND_INS = {
     "quantized_strips": _stand_in(lambda _, *arrays: strips(*arrays)),
     "quantized_centered_strips": _stand_in(lambda its, *arrays: [centered_strips(*arrays, j=its["j"])]),
     "quantized_integers": _stand_in(lambda its, *arrays: [integers(*arrays, bits=its["bits"])]),
-    "quantized_take_strips": _stand_in(lambda _, slots, slot, *arrays: take_strips(*arrays)),
-    "quantized_take_codes": _stand_in(
-        lambda its, slots, slot, *arrays: take_codes(*arrays, per_group=its["per_group"])
+    "quantized_take": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)),
+    "quantized_take_rows": _stand_in(
+        lambda its, slots, slot, *arrays: [
+            take_rows(its["ring"], *arrays, rows=its["rows"], stretches=its["stretches"])
+        ]
     ),
-    **dict.fromkeys(("quantized_start", "quantized_end_group", "quantized_wait"), lambda equation, *values: []),
-    "quantized_strips_of": _stand_in(
-        lambda its, *arrays: [strips_of(*arrays, count=its["count"], mains=its.get("mains"))]
-    ),
-    "quantized_load_rows": _stand_in(
-        lambda its, *arrays: [load_rows(*arrays, rows=its["rows"], stretches=its["stretches"])]
-    ),
+    **dict.fromkeys(("quantized_start", "quantized_wait"), lambda equation, *values: []),
 }
