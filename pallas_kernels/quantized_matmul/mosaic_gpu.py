@@ -73,7 +73,7 @@ def forward(
     x: jax.Array, weight: Weight, bias: jax.Array | None, *, activation: str | None, config: MosaicGpuConfig
 ) -> jax.Array:
     """As `xla.forward`."""
-    M, hopper, parts = len(x), copies_of_device().fill, parts_of(activation)
+    hopper, parts = copies_of_device().fill, parts_of(activation)
     if not hopper and config.num_splits > 1:
         raise ValueError(f"quantized_matmul: num_splits takes the clusters of Hopper, got {config}.")
     at = _Digits(weight, config.centered) if isinstance(weight, MixedBitWeight) else _Codes(weight)
@@ -199,20 +199,25 @@ def _outputs(
         output, zero = block * n, lax.div(block, blocks)
         split = lax.axis_index("split") if splits > 1 else zero
         begin, end = (lax.div((split + i) * at.chunks, splits) for i in range(2))
+        count = end - begin
         outputs = [part * O + output + TILE * tile for part in range(parts) for tile in range(tiles)]
         index = gmem[6] if len(gmem) > 6 else None
 
-        def start(chunk: Any) -> None:
-            ring.start(slots, lax.rem(chunk, stages), gmem, x_gmem, outputs, chunk, end)
+        def chunk_of(step: Any) -> Any:
+            # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
+            return begin + lax.rem(step + block, count)
 
-        def multiply(chunk: Any, sums: list) -> list:
+        def start(step: Any) -> None:
+            ring.start(slots, lax.rem(step, stages), gmem, x_gmem, outputs, chunk_of(step), count - step)
+
+        def multiply(step: Any, sums: list) -> list:
             if stages == 1:
                 barrier()
-                start(chunk)
+                start(step)
             wait(but=max(stages - 2, 0))
             if stages > 1:
-                start(chunk + stages - 1)  # to the slot that all threads have read in the step before
-            slot = lax.rem(chunk, stages)
+                start(step + stages - 1)  # to the slot that all threads have read in the step before
+            chunk, slot = chunk_of(step), lax.rem(step, stages)
 
             def x_of(stretches: range) -> jax.Array:
                 return ring.take_rows(slots, slot, x_gmem, index, chunk, padded, stretches)
@@ -224,9 +229,9 @@ def _outputs(
             return out
 
         for i in range(stages - 1):
-            start(begin + i)
+            start(jnp.int32(i))
         sums = [at.empty(_zeros((TILE, padded))) for _ in outputs]
-        sums = lax.fori_loop(begin, end, multiply, sums)
+        sums = lax.fori_loop(0, count, multiply, sums)
         z = [at.total(tile) for tile in sums]
 
         def finish(z: list[jax.Array]) -> None:

@@ -79,21 +79,21 @@ class Ring:
         return self.x_at + self.rows * self.pitch
 
     def start(
-        self, slots: Ref, slot: Any, arrays: Sequence[Ref], x: Ref, outputs: Sequence[Any], chunk: Any, end: Any
+        self, slots: Ref, slot: Any, arrays: Sequence[Ref], x: Ref, outputs: Sequence[Any], chunk: Any, left: Any
     ) -> None:
-        """Copies a chunk of tiles that begin at `outputs`; nothing from chunk `end` on. Each call is a group to wait
+        """Copies a chunk of tiles that begin at `outputs`; nothing if no chunk is left. Each call is a group to wait
         for. `arrays`: as `_Digits.arrays` and `_Codes.arrays` say."""
         ring = self
 
-        def quantized_start(_, slots, slot, arrays, x, outputs, chunk, end):
-            copies = _Copies(ring, slots, slot.registers[()], chunk.registers[()], end.registers[()])
+        def quantized_start(_, slots, slot, arrays, x, outputs, chunk, left):
+            copies = _Copies(ring, slots, slot.registers[()], chunk.registers[()], left.registers[()])
             for tile, output in enumerate(outputs):
                 copies.weight(arrays, tile, output.registers[()])
             copies.x(x, arrays[6] if len(arrays) > 6 else None)
             mgpu.utils.inline_ptx("cp.async.commit_group;")
 
         types = (_REF, _NUMBER, [_REF] * len(arrays), _REF, [_NUMBER] * len(outputs), _NUMBER, _NUMBER)
-        inline(quantized_start, types, (), slots, slot, list(arrays), x, list(outputs), chunk, end)
+        inline(quantized_start, types, (), slots, slot, list(arrays), x, list(outputs), chunk, left)
 
     def take(
         self, slots: Ref, slot: Any, arrays: Sequence[Ref], tile: int, output: Any, chunk: Any
@@ -222,9 +222,9 @@ def _slot(ring: Ring, slots: Ref, slot: Value) -> _Address:
 class _Copies:
     """Of one chunk to one slot."""
 
-    def __init__(self, ring: Ring, slots: Ref, slot: Value, chunk: Value, end: Value):
+    def __init__(self, ring: Ring, slots: Ref, slot: Value, chunk: Value, left: Value):
         self.ring, self.at, self.chunk, self.thread = ring, _slot(ring, slots, slot), chunk, _Thread.own()
-        self.live = arith.cmpi(arith.CmpIPredicate.slt, chunk, end)
+        self.live = arith.cmpi(arith.CmpIPredicate.sgt, left, constant(0))
         self.beyond = arith.cmpi(arith.CmpIPredicate.sge, chunk, constant(ring.mains)) if ring.mains else None
 
     def weight(self, arrays: Sequence[Ref], tile: int, output: Value) -> None:
