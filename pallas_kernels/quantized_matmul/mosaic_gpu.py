@@ -36,7 +36,7 @@ from pallas_kernels.quantized_matmul import ptx
 from pallas_kernels.quantized_matmul.config import MosaicGpuConfig, chunk_inputs
 from pallas_kernels.quantized_matmul.packing import CHUNK
 from pallas_kernels.quantized_matmul.ring import Ring, barrier, wait
-from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight, Weight
+from pallas_kernels.quantized_matmul.weights import BLOCK, IntWeight, MixedBitWeight, Weight
 
 Ref = Any
 Rows = Callable[[range], jax.Array]  # of x, stretches of 64 inputs of a chunk
@@ -104,15 +104,15 @@ class _Digits:
 
     @property
     def arrays(self) -> list[jax.Array]:
-        planes = [(p.words, p.stats, p.steps) for p in (self.weight.main, self.weight.tail) if p.words.shape[1]]
+        planes = [(p.words, p.stats, p.steps) for p in (self.weight.main, self.weight.tail) if p.steps.shape[1]]
         return [array for plane in planes for array in plane] + ([self.weight.tail_index] if len(planes) > 1 else [])
 
     @property
     def chunks(self) -> int:
-        return (self.weight.main.words.shape[1] + self.weight.tail.words.shape[1]) // CHUNK
+        return (self.weight.main.steps.shape[1] + self.weight.tail.steps.shape[1]) // CHUNK
 
     def ring(self, tiles: int, rows: int) -> Ring:
-        return Ring(chunk_inputs(2), tiles, rows, mains=self.weight.main.words.shape[1] // CHUNK)
+        return Ring(chunk_inputs(2), tiles, rows, mains=self.weight.main.steps.shape[1] // CHUNK)
 
     def empty(self, zero: jax.Array) -> list[jax.Array]:
         """Sums of no chunk, of tiles [64, M]."""
@@ -143,7 +143,7 @@ class _Codes:
 
     @property
     def chunks(self) -> int:
-        return self.weight.words.shape[1] // CHUNK
+        return self.weight.words.shape[1] // (BLOCK * CHUNK)
 
     def ring(self, tiles: int, rows: int) -> Ring:
         inputs = chunk_inputs(self.weight.bits)

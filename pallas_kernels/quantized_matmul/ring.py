@@ -230,11 +230,11 @@ class _Copies:
     def weight(self, arrays: Sequence[Ref], tile: int, output: Value) -> None:
         words, scales = self.at + tile * _WORDS, self.at + (self.ring.scales_at + tile * (_STATS + _STEPS))
         if not self.ring.per_group:
-            self._rows_of(arrays, 0, output, 64, 16, words)
-            self._rows_of(arrays, 1, output, 64, 4, scales)
-            self._rows_of(arrays, 2, _div(output, 16), 4, 16, scales + _STATS)
+            self._blocks_of(arrays, 0, output, 256, words)
+            self._blocks_of(arrays, 1, output, 64, scales)
+            self._blocks_of(arrays, 2, output, 16, scales + _STATS)
             return
-        self._rows_of(arrays, 0, output, 64, 16, words)
+        self._blocks_of(arrays, 0, output, 256, words)
         if len(arrays) > 1:
             groups, columns = _shape(arrays[1])
             group = arith.minsi(_div(self.chunk, self.ring.per_group), constant(groups - 1))
@@ -271,16 +271,17 @@ class _Copies:
 
         self._pieces(M * per_row, source, lambda i: at.to(self.ring.pitch, _div(i, per_row), PIECE, _rem(i, per_row)))
 
-    def _rows_of(self, arrays: Sequence[Ref], which: int, first: Value, rows: int, elements: int, to: _Address) -> None:
-        """Of the main plane's array or the tail's, so many elements of each row."""
+    def _blocks_of(self, arrays: Sequence[Ref], which: int, output: Value, elements: int, to: _Address) -> None:
+        """Of the main plane's array or the tail's, so many adjacent elements of each four blocks of 16 outputs."""
         per_piece = PIECE * 8 // mgpu.utils.bitwidth(ir.MemRefType(arrays[which].type).element_type)
-        per_row = elements // per_piece
+        pieces = elements // per_piece  # of a block
 
         def source(i: Value) -> Value:
             def of(ref: Ref, chunk: Value) -> Value:
-                row = arith.minsi(arith.addi(first, _div(i, per_row)), constant(_shape(ref)[0] - 1))
-                column = arith.muli(_rem(i, per_row), constant(per_piece))
-                return _element(ref, row, arith.addi(arith.muli(chunk, constant(elements)), column))
+                block = arith.addi(_div(output, 16), _div(i, pieces))
+                block = arith.minsi(block, constant(_shape(ref)[0] - 1))
+                column = arith.muli(_rem(i, pieces), constant(per_piece))
+                return _element(ref, block, arith.addi(arith.muli(chunk, constant(elements)), column))
 
             own = of(arrays[which], self.chunk)
             if len(arrays) < 6:
@@ -288,7 +289,7 @@ class _Copies:
             other = of(arrays[3 + which], arith.subi(self.chunk, constant(self.ring.mains)))
             return arith.select(self.beyond, other, own)
 
-        self._pieces(rows * per_row, source, lambda i: to.to(PIECE, i))
+        self._pieces(4 * pieces, source, lambda i: to.to(PIECE, i))
 
     def _pieces(self, count: int, source: Callable[[Value], Any], target: Callable[[Value], Value]) -> None:
         for first in range(0, count, THREADS):
@@ -302,8 +303,7 @@ class _Copies:
             if inside is not None:
                 operands.append(arith.select(inside, constant(PIECE), constant(0)))  # the others are filled with 0
                 constraint, size = "r,l,b,r", ", $3"
-            # Runs of 64 bytes: the memory behind the L2 gives more at a time.
-            code = f"@$2 cp.async.cg.shared.global.L2::256B [$0], [$1], 16{size};"
+            code = f"@$2 cp.async.cg.shared.global [$0], [$1], 16{size};"
             llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, code, constraint, has_side_effects=True)
 
 

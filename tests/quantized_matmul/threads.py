@@ -11,7 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.quantized_matmul import lanes
+from pallas_kernels.quantized_matmul import lanes, packing
 
 GROUP, QUAD = np.divmod(np.arange(32), 4)  # g and c of thread 4 g + c
 
@@ -92,15 +92,16 @@ def integers(total, words, x, scale=None, *, bits):
 
 def take(ring, arrays, output, chunk):
     """`Ring.take`, from where the ring copies it."""
-    rows = np.minimum(output + np.arange(64), len(arrays[0]) - 1)
+    blocks = np.minimum(output // 16 + np.arange(4), len(arrays[0]) - 1)
+    rows = (16 * blocks[:, None] + np.arange(16)).ravel()
     if ring.per_group:
         words, *scales = arrays
         columns = [
             np.repeat(scale[chunk // ring.per_group, rows].astype(np.float32)[:, None], 4, axis=1) for scale in scales
         ]
-        return words[rows, 16 * chunk : 16 * (chunk + 1)], *columns
+        return packing.unblocked(words, 16)[rows, 16 * chunk : 16 * (chunk + 1)], *columns
     planes, number = (arrays[3:6], chunk - ring.mains) if chunk >= ring.mains else (arrays[:3], chunk)
-    blocks = np.minimum(output // 16 + np.arange(4), len(planes[2]) - 1)
+    planes = packing.unblocked(planes[0], 16), packing.unblocked(planes[1], 4), planes[2]
     of_chunk = [slice(size * number, size * (number + 1)) for size in (16, 4, 16)]
     return [plane[of_rows, here] for plane, of_rows, here in zip(planes, (rows, rows, blocks), of_chunk, strict=True)]
 
