@@ -18,17 +18,14 @@ class MosaicGpuConfig:
       tiles: output features of a block, in tiles of 64; of a swiglu, as many gates beside them.
       stages: how many chunks of 16 words registers hold; with 1 nothing is on its way while a chunk is decoded.
       num_splits: in how many pieces the inputs are cut, each the work of another block of a cluster.
-      centered: of a `MixedBitWeight`, zeros are taken out of each weight, not multiplied with the rows: more arithmetic
-        and half the products, for many rows.
     """
 
     tiles: int = 1
     stages: int = 3
     num_splits: int = 1
-    centered: bool = False
 
     def __post_init__(self):
-        rules = {"tiles": (1, 2, 4), "stages": range(1, 9), "num_splits": range(1, 9), "centered": (False, True)}
+        rules = {"tiles": (1, 2, 4), "stages": range(1, 9), "num_splits": range(1, 9)}
         for name, allowed in rules.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"MosaicGpuConfig.{name} must be one of {tuple(allowed)}, got {value!r}.")
@@ -52,7 +49,7 @@ def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfi
     tiles = 2 if rows > 16 and parts == 1 and outputs >= 128 * num_sms else 1
     blocks = -(-outputs // (64 * tiles))
     num_splits = max(1, min(8, 4 * num_sms // blocks)) if device.arch == "sm90" else 1
-    return MosaicGpuConfig(tiles, 3, num_splits, rows > 16)
+    return MosaicGpuConfig(tiles, 3, num_splits)
 
 
 def chunk_inputs(bits: int | str) -> int:
@@ -67,5 +64,4 @@ def search_space(call: Call, device: Device, implementation: str) -> Iterator[Mo
     for tiles in (1, 2):
         for stages in (2, 3, 4):
             for num_splits in sorted(near & set(range(1, 9))):
-                for centered in (False, True) if call.option("bits") == "mixed_2_4" else (False,):
-                    yield MosaicGpuConfig(tiles, stages, num_splits, centered)
+                yield MosaicGpuConfig(tiles, stages, num_splits)

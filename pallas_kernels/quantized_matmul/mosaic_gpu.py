@@ -32,7 +32,7 @@ from pallas_kernels.core.activations import activate_parts, parts_of
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import copies_of_device, cost_option, store, tile_memory
-from pallas_kernels.quantized_matmul import ptx
+from pallas_kernels.quantized_matmul import lanes, ptx
 from pallas_kernels.quantized_matmul.config import MosaicGpuConfig, chunk_inputs
 from pallas_kernels.quantized_matmul.packing import CHUNK
 from pallas_kernels.quantized_matmul.ring import Ring, barrier, wait
@@ -76,7 +76,7 @@ def forward(
     hopper, parts = copies_of_device().fill, parts_of(activation)
     if not hopper and config.num_splits > 1:
         raise ValueError(f"quantized_matmul: num_splits takes the clusters of Hopper, got {config}.")
-    at = _Digits(weight, config.centered) if isinstance(weight, MixedBitWeight) else _Codes(weight)
+    at = _Digits(weight) if isinstance(weight, MixedBitWeight) else _Codes(weight)
     N = weight.shape[1]
     per_output = {} if bias is None else {"bias": bias}
     if isinstance(weight, IntWeight) and weight.group_size is None:
@@ -100,7 +100,6 @@ class _Digits:
     """Two planes of 2-bit digits: `MixedBitWeight`. The tail's chunks are numbered after those of the main plane."""
 
     weight: MixedBitWeight
-    centered: bool
 
     @property
     def arrays(self) -> list[jax.Array]:
@@ -115,20 +114,19 @@ class _Digits:
         return Ring(chunk_inputs(2), tiles, rows, mains=self.weight.main.steps.shape[1] // CHUNK)
 
     def empty(self, zero: jax.Array) -> list[jax.Array]:
-        """Sums of no chunk, of tiles [64, M]."""
-        return [zero] * (1 if self.centered else 4)
+        """Sums of no chunk, of tiles [64, M]: of few rows two, so that fewer products wait for each other."""
+        return [zero] * (2 if zero.shape[1] == 8 else 1)
 
     def add(self, sums: list[jax.Array], chunk: Chunk, x: Rows) -> list[jax.Array]:
-        if not self.centered:
-            return ptx.strips(sums, *chunk, x(range(4)))
-        # Many rows: the registers hold no more of them than a stretch.
-        total = sums[0]
-        for j in range(4):
-            total = ptx.centered_strips(total, *chunk, x(range(j, j + 1)), j)
-        return [total]
+        # The registers hold all rows of a chunk, or, if they are many, of a stretch.
+        width = 4 if sums[0].shape[1] <= 16 else 1
+        for j in range(0, 4, width):
+            stretches = range(j, j + width)
+            sums = ptx.strips(sums, *chunk, x(stretches), stretches)
+        return sums
 
     def total(self, sums: list[jax.Array]) -> jax.Array:
-        return sums[0] if self.centered else sums[0] - sums[3] + sums[1] / 4 + sums[2] / 16
+        return functools.reduce(jnp.add, sums) * (1 / (lanes.TINY * lanes.LARGE))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,33 +50,20 @@ SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)
 
 
 def strips(
-    sums: list[jax.Array], words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array
+    sums: list[jax.Array], words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array, stretches: range
 ) -> list[jax.Array]:
-    """Adds a chunk of strips to sums [64, 8 m] of each factor: `lanes.strips` of every thread. words [64, 16], stats
-    [64, 4], steps [4, 16], x [8 m, 256] in ROWS."""
+    """Adds strips of a chunk to sums [64, 8 m]: `lanes.strips` of every thread. words [64, 16], stats [64, 4], steps
+    [4, 16], x [8 m, 64 j] in ROWS: of j stretches of 64 inputs."""
 
     def quantized_strips(_, sums, words, stats, steps, x):
-        do: lanes.Instructions = _Ptx()
+        (both,) = steps.registers.flat
+        of_outputs = [_words_of(r) for r in words.registers.flat], [_words_of(r)[0] for r in stats.registers.flat]
         parts = [_sums_of(s) for s in sums]
-        parts = lanes.strips(do, parts, *_digits_of(words, stats, steps), _rows_of(x))
+        parts = lanes.strips(_Ptx(), parts, *of_outputs, _words_of(both), _rows_of(x), stretches)
         return [_with_sums(s, part) for s, part in zip(sums, parts, strict=True)]
 
     types = ([SUMS] * len(sums), WORDS, STATS, STEPS, ROWS)
     return inline(quantized_strips, types, [_like(s) for s in sums], sums, words, stats, steps, x)
-
-
-def centered_strips(
-    total: jax.Array, words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array, j: int
-) -> jax.Array:
-    """As `strips`, of the j-th stretch of 64 inputs alone, x [8 m, 64], to one sum: `lanes.centered_strips`."""
-
-    def quantized_centered_strips(_, total, words, stats, steps, x):
-        rows = [tile[0] for tile in _rows_of(x)]
-        part = lanes.centered_strips(_Ptx(), _sums_of(total), *_digits_of(words, stats, steps), rows, j)
-        return _with_sums(total, part)
-
-    types = (SUMS, WORDS, STATS, STEPS, ROWS)
-    return inline(quantized_centered_strips, types, _like(total), total, words, stats, steps, x)
 
 
 def integers(total: jax.Array, words: jax.Array, scale: jax.Array | None, x: jax.Array, bits: int) -> jax.Array:
@@ -117,8 +104,12 @@ class _Ptx(lanes.Instructions):
         code = "fma.rn.bf16x2 $0, $1, $2, $3;"  # sm_80 has no other arithmetic of bfloat16
         return llvm.inline_asm(i32(), operands, code, "=r,r,r,r", has_side_effects=False)
 
+    def neg(self, word: Value) -> Value:
+        return llvm.inline_asm(i32(), [word], "neg.bf16x2 $0, $1;", "=r,r", has_side_effects=False)
+
     def both(self, word: Value, half: int) -> Value:
-        code = f"prmt.b32 $0, $1, $1, {0x3232 if half else 0x1010};"
+        # As moves of halves, which the compiler makes part of the instruction that reads them.
+        code = f"{{ .reg .b16 h<2>; mov.b32 {{h0, h1}}, $1; mov.b32 $0, {{h{half}, h{half}}}; }}"
         return llvm.inline_asm(i32(), [word], code, "=r,r", has_side_effects=False)
 
     def mma(self, sums: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Value]:
@@ -139,16 +130,6 @@ def _words_of(register: Value) -> list[Value]:
     size = mgpu.utils.bitwidth(register.type) // 32
     as_words = vector.bitcast(ir.VectorType.get((size,), i32()), register)
     return [llvm.extractelement(as_words, constant(i)) for i in range(size)]
-
-
-def _digits_of(words: Any, stats: Any, steps: Any) -> tuple[list, list, list]:
-    """What a thread has of a chunk of strips: words and statistics of its two outputs, steps."""
-    (both,) = steps.registers.flat
-    return (
-        [_words_of(r) for r in words.registers.flat],
-        [_words_of(r)[0] for r in stats.registers.flat],
-        _words_of(both),
-    )
 
 
 def _vector(words: Sequence[Value], type_: ir.Type) -> Value:

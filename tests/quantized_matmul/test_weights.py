@@ -92,7 +92,7 @@ def test_one_strip_by_hand():
     )
 
     def plane(word, zero, step):
-        arrays = np.zeros((16, 16), np.uint32), np.zeros((16, 4), np.uint32), np.ones((1, 16))
+        arrays = np.zeros((1, 256), np.uint32), np.zeros((1, 64), np.uint32), np.ones((1, 16))
         arrays[0][0, 0], arrays[1][0, 0], arrays[2][0, 0] = word, 2 | zero << 8, step
         return Plane(jnp.asarray(arrays[0]), jnp.asarray(arrays[1]), jnp.asarray(arrays[2], jnp.bfloat16))
 
@@ -105,7 +105,7 @@ def test_one_strip_by_hand():
 def test_scales_are_rounded_to_bfloat16():
     """15 * 1.0078125 = 15.1171875 lies between 15.0625 and 15.125, under jit too."""
     weight = Shape(1, 16, 16, four_bit_strips=0).make("float32", jax.random.key(0))["weight"]
-    stats, words = np.zeros((16, 4), np.uint32), np.zeros((16, 16), np.uint32)
+    stats, words = np.zeros((1, 64), np.uint32), np.zeros((1, 256), np.uint32)
     stats[0, 0], words[0, 0] = 15, 1
     main = Plane(jnp.asarray(words), jnp.asarray(stats), jnp.full((1, 16), 1.0078125, jnp.bfloat16))
     assert weight.tail_index.shape == (0,)

@@ -22,8 +22,11 @@ class Threads:
 
     def fma(self, a, b, c):
         # Products of two bfloat16 are exact in float64, and so is the sum, but for what bfloat16 would round away.
-        total = halves(a).astype(np.float64) * halves(b).astype(np.float64) + halves(c).astype(np.float64)
+        total = exact(a) * exact(b) + exact(c)
         return words(total.astype(ml_dtypes.bfloat16))
+
+    def neg(self, word):
+        return word ^ np.uint32(0x80008000)
 
     def both(self, word, half):
         x = halves(word)[..., half, :]
@@ -51,27 +54,27 @@ def halves(word) -> np.ndarray:
     return parts.astype(np.uint16).view(ml_dtypes.bfloat16)
 
 
+def exact(word) -> np.ndarray:
+    """These in float64, by their bits: below the smallest normal number processors may be set to take 0."""
+    bits = halves(word).view(np.uint16).astype(np.int64)
+    exponent, mantissa = bits >> 7 & 0xFF, bits & 0x7F
+    size = np.ldexp((mantissa + np.where(exponent > 0, 128, 0)).astype(np.float64), np.maximum(exponent, 1) - 134)
+    return np.where(bits >> 15, -size, size)
+
+
 def words(halves: np.ndarray) -> np.ndarray:
     parts = halves.view(np.uint16).astype(np.uint32)
     return parts[..., 0, :] | parts[..., 1, :] << np.uint32(16)
 
 
-def strips(sums, words, stats, steps, x):
+def strips(sums, words, stats, steps, x, *, stretches):
     """`ptx.strips` by the threads of four warps."""
     of_threads = [[[_sums(s, warp, m) for m in range(0, s.shape[1], 8)] for s in sums] for warp in range(4)]
     for warp, parts in enumerate(of_threads):
-        of_threads[warp] = lanes.strips(Threads(), parts, *_digits(words, stats, steps, warp), _rows(x))
+        pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
+        own = _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
+        of_threads[warp] = lanes.strips(Threads(), parts, *own, _rows(x), stretches)
     return [_array(s, [parts[i] for parts in of_threads]) for i, s in enumerate(sums)]
-
-
-def centered_strips(total, words, stats, steps, x, j):
-    """`ptx.centered_strips` by the threads of four warps."""
-    of_threads = []
-    for warp in range(4):
-        parts = [_sums(total, warp, m) for m in range(0, total.shape[1], 8)]
-        rows = [tile[0] for tile in _rows(x)]
-        of_threads.append(lanes.centered_strips(Threads(), parts, *_digits(words, stats, steps, warp), rows, j))
-    return _array(total, of_threads)
 
 
 def integers(total, words, x, scale=None, *, bits):
@@ -115,11 +118,6 @@ def take_rows(ring, x, chunk, index=None, *, rows, stretches):
     inputs = (16 * strips[:, None] + np.arange(16)).ravel()
     read = x[np.minimum(np.arange(rows), len(x) - 1)][:, np.minimum(inputs, x.shape[1] - 1)]
     return np.where(inputs < x.shape[1], read, 0).astype(x.dtype)
-
-
-def _digits(words, stats, steps, warp: int) -> tuple[list, list, list]:
-    pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
-    return _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
 
 
 def _words(words, warp: int, count: int) -> list[list[np.ndarray]]:
@@ -169,8 +167,7 @@ def _stand_in(function):
 
 # For `interpreters.mosaic_gpu`: of constants that an inline function closes over, and arrays.
 STAND_INS = {
-    "quantized_strips": _stand_in(lambda _, *arrays: strips(*arrays)),
-    "quantized_centered_strips": _stand_in(lambda its, *arrays: [centered_strips(*arrays, j=its["j"])]),
+    "quantized_strips": _stand_in(lambda its, *arrays: strips(*arrays, stretches=its["stretches"])),
     "quantized_integers": _stand_in(lambda its, *arrays: [integers(*arrays, bits=its["bits"])]),
     "quantized_take": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)),
     "quantized_take_rows": _stand_in(
