@@ -16,19 +16,24 @@ class MosaicGpuConfig:
 
     Attributes:
       tiles: output features of a block, in tiles of 64; of a swiglu, as many gates beside them.
-      stages: how many chunks of 16 words registers hold; with 1 nothing is on its way while a chunk is decoded.
-      num_splits: in how many pieces the inputs are cut, each the work of another block of a cluster.
+      stages: steps of a chunk of 16 words that shared memory holds; with 1 nothing is on its way while one is decoded.
+      shares: in how many pieces the warps of a block cut the inputs, for as many times fewer outputs: smaller blocks,
+        and each copies more of x. With one tile only.
+      num_splits: in how many pieces the inputs are cut before, each the work of another block of a cluster.
     """
 
     tiles: int = 1
     stages: int = 3
+    shares: int = 1
     num_splits: int = 1
 
     def __post_init__(self):
-        rules = {"tiles": (1, 2, 4), "stages": range(1, 9), "num_splits": range(1, 9)}
+        rules = {"tiles": (1, 2, 4), "stages": range(1, 9), "shares": (1, 2, 4), "num_splits": range(1, 9)}
         for name, allowed in rules.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"MosaicGpuConfig.{name} must be one of {tuple(allowed)}, got {value!r}.")
+        if self.shares > 1 and self.tiles > 1:
+            raise ValueError(f"MosaicGpuConfig.tiles must be 1 with shares, got {self}.")
 
 
 CONFIGS: dict[str, type] = {"mosaic_gpu": MosaicGpuConfig}
@@ -49,7 +54,7 @@ def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfi
     tiles = 2 if rows > 16 and parts == 1 and outputs >= 128 * num_sms else 1
     blocks = -(-outputs // (64 * tiles))
     num_splits = max(1, min(8, 4 * num_sms // blocks)) if device.arch == "sm90" else 1
-    return MosaicGpuConfig(tiles, 3, num_splits)
+    return MosaicGpuConfig(tiles, 3, num_splits=num_splits)
 
 
 def chunk_inputs(bits: int | str) -> int:
@@ -64,4 +69,4 @@ def search_space(call: Call, device: Device, implementation: str) -> Iterator[Mo
     for tiles in (1, 2):
         for stages in (2, 3, 4):
             for num_splits in sorted(near & set(range(1, 9))):
-                yield MosaicGpuConfig(tiles, stages, num_splits)
+                yield MosaicGpuConfig(tiles, stages, num_splits=num_splits)

@@ -35,7 +35,7 @@ from pallas_kernels.core.mma import copies_of_device, cost_option, store, tile_m
 from pallas_kernels.quantized_matmul import lanes, ptx
 from pallas_kernels.quantized_matmul.config import MosaicGpuConfig, chunk_inputs
 from pallas_kernels.quantized_matmul.packing import CHUNK
-from pallas_kernels.quantized_matmul.ring import Ring, barrier, wait
+from pallas_kernels.quantized_matmul.ring import Ring, barrier, put, wait
 from pallas_kernels.quantized_matmul.weights import BLOCK, IntWeight, MixedBitWeight, Weight
 
 Ref = Any
@@ -84,7 +84,8 @@ def forward(
 
     def padded(array: jax.Array) -> jax.Array:
         array = array.reshape(parts, -1)
-        return jnp.pad(array, ((0, 0), (0, -array.shape[1] % (TILE * config.tiles))))
+        # To whole tiles, from wherever a block begins.
+        return jnp.pad(array, ((0, 0), (0, -array.shape[1] % (TILE * config.tiles) + TILE * (config.shares > 1))))
 
     per_output = {name: padded(array) for name, array in per_output.items()}
     return _outputs(at, x, N, per_output, activation=activation, config=config)
@@ -110,8 +111,9 @@ class _Digits:
     def chunks(self) -> int:
         return (self.weight.main.steps.shape[1] + self.weight.tail.steps.shape[1]) // CHUNK
 
-    def ring(self, tiles: int, rows: int) -> Ring:
-        return Ring(chunk_inputs(2), tiles, rows, mains=self.weight.main.steps.shape[1] // CHUNK)
+    def ring(self, tiles: int, rows: int, shares: int) -> Ring:
+        mains = self.weight.main.steps.shape[1] // CHUNK
+        return Ring(chunk_inputs(2), self.chunks, tiles, rows, shares, mains=mains)
 
     def empty(self, zero: jax.Array) -> list[jax.Array]:
         """Sums of no chunk, of tiles [64, M]: of few rows two, so that fewer products wait for each other."""
@@ -143,9 +145,10 @@ class _Codes:
     def chunks(self) -> int:
         return self.weight.words.shape[1] // (BLOCK * CHUNK)
 
-    def ring(self, tiles: int, rows: int) -> Ring:
+    def ring(self, tiles: int, rows: int, shares: int) -> Ring:
         inputs = chunk_inputs(self.weight.bits)
-        return Ring(inputs, tiles, rows, per_group=(self.weight.group_size or self.weight.shape[0]) // inputs)
+        per_group = (self.weight.group_size or self.weight.shape[0]) // inputs
+        return Ring(inputs, self.chunks, tiles, rows, shares, per_group=max(per_group, 1))
 
     def empty(self, zero: jax.Array) -> list[jax.Array]:
         return [zero]
@@ -183,27 +186,43 @@ def _outputs(
     """The kernel, [M, O]. `per_output` has arrays [parts, O], padded to whole tiles: "scale", "bias"."""
     (M, K), parts, hopper = x.shape, parts_of(activation), copies_of_device().fill
     O, copies, arrays = N // parts, copies_of_device(), at.arrays
-    tiles, stages, splits = config.tiles, config.stages, min(config.num_splits, at.chunks)
-    n, padded = TILE * tiles, M + -M % 8
+    tiles, stages, shares = config.tiles, config.stages, config.shares
+    steps = -(-at.chunks // shares)
+    splits = min(config.num_splits, steps)
+    n, padded = TILE * tiles // shares, M + -M % 8
+    by_copies = hopper and shares == 1  # of whole tiles, out of shared memory
+    whole = hopper or shares > 1  # the output is written as it is
     blocks = -(-O // n)
     # Copies on Hopper leave alone what is not there, in whole tiles. The rest is cut off afterwards.
-    columns = O if hopper and O % TILE == 0 else blocks * n
+    columns = O if shares > 1 or (hopper and O % TILE == 0) else blocks * n
 
-    def kernel(*refs, slots: Ref, out_smem: Any = None, partial: Any = None):
+    def kernel(*refs, slots: Ref, out_smem: Any = None, twice: Any = None, partial: Any = None):
         x_gmem, given, out_gmem = refs[0], iter(refs[1:-1]), refs[-1]
         option = {name: next(given) for name in per_output}
         gmem = list(given)
         block = lax.axis_index("block")
         output, zero = block * n, lax.div(block, blocks)
         split = lax.axis_index("split") if splits > 1 else zero
-        begin, end = (lax.div((split + i) * at.chunks, splits) for i in range(2))
+        begin, end = (lax.div((split + i) * steps, splits) for i in range(2))
         count = end - begin
         outputs = [part * O + output + TILE * tile for part in range(parts) for tile in range(tiles)]
         index = gmem[6] if len(gmem) > 6 else None
 
+        def fold(z: jax.Array) -> jax.Array:
+            """Warps of the same outputs add up what each has of the inputs."""
+            if shares == 1:
+                return z
+            barrier()
+            for i in range(2):
+                twice[pl.ds(TILE * i, TILE)] = z
+            barrier()
+            parts = [plgpu.load(twice.at[pl.ds(n * i, TILE)], layout=ptx.SUMS, optimized=False) for i in range(shares)]
+            return functools.reduce(jnp.add, parts)
+
         def chunk_of(step: Any) -> Any:
             # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
-            return begin + lax.rem(step + block, count)
+            import os
+            return shares * (begin + (lax.rem(step + block, count) if os.environ.get('ROT', '1') == '1' else jnp.minimum(step, count - 1)))
 
         def start(step: Any) -> None:
             ring.start(slots, lax.rem(step, stages), gmem, x_gmem, outputs, chunk_of(step), count - step)
@@ -230,7 +249,7 @@ def _outputs(
             start(jnp.int32(i))
         sums = [at.empty(_zeros((TILE, padded))) for _ in outputs]
         sums = lax.fori_loop(0, count, multiply, sums)
-        z = [at.total(tile) for tile in sums]
+        z = [fold(at.total(tile)) for tile in sums]
 
         def finish(z: list[jax.Array]) -> None:
             for tile in range(tiles):
@@ -241,11 +260,13 @@ def _outputs(
                     of_output = [_along_rows(c.astype(jnp.float32), (TILE, padded)) for c in of_output]
                     of_parts = [y * c if name == "scale" else y + c for y, c in zip(of_parts, of_output, strict=True)]
                 y = activate_parts(of_parts, activation)
-                if hopper:
+                if shares > 1:
+                    put(out_gmem, y, output, n)
+                elif hopper:
                     out_smem.at[:, pl.ds(TILE * tile, TILE)].transpose((1, 0))[...] = y.astype(x.dtype)
                 else:
                     store(out_gmem.at[pl.ds(output + TILE * tile, TILE)], y)
-            if hopper:
+            if by_copies:
                 # From row 0, in words that do not tell that fewer rows than a tile may follow.
                 rows = pl.ds(zero * 8, padded)
                 copies.send(out_smem, out_gmem.at[rows, pl.ds(output, n)])
@@ -265,15 +286,17 @@ def _outputs(
         cluster.sync()  # no block is gone while others read from it
 
     kernel.__name__ = f"quantized_matmul_{type(at).__name__.strip('_').lower()}"
-    ring = at.ring(parts * tiles, M)
+    ring = at.ring(parts * tiles, M, shares)
     scratch: dict[str, Any] = {"slots": plgpu.SMEM((stages, ring.nbytes // 4), jnp.uint32)}
-    if hopper:
+    if shares > 1:
+        scratch["twice"] = plgpu.SMEM((2 * TILE, padded), jnp.float32)
+    if by_copies:
         scratch["out_smem"] = tile_memory(padded, n, dtype=x.dtype)
     if splits > 1:
         scratch["partial"] = plgpu.SMEM((parts * tiles, TILE, padded), jnp.float32)
     out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(*((M, columns), x.dtype) if hopper else ((columns, padded), jnp.float32)),
+        out_type=jax.ShapeDtypeStruct(*((M, columns), x.dtype) if whole else ((columns, padded), jnp.float32)),
         grid=(blocks,),
         grid_names=("block",),
         **({"cluster": (splits,), "cluster_names": ("split",)} if splits > 1 else {}),
@@ -286,4 +309,4 @@ def _outputs(
         ),
     )(x, *per_output.values(), *arrays)
     # Ampere has no copies out of shared memory that would turn Z^T around: XLA does.
-    return out[:, :O] if hopper else out[:O, :M].T.astype(x.dtype)
+    return out[:, :O] if whole else out[:O, :M].T.astype(x.dtype)

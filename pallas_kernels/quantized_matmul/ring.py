@@ -29,6 +29,7 @@ from pallas_kernels.quantized_matmul.ptx import (
     ROWS,
     STATS,
     STEPS,
+    SUMS,
     WORDS,
     Ref,
     Value,
@@ -47,17 +48,24 @@ _WORDS, _STATS, _STEPS, _SCALES = 4096, 1024, 128, 128
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Attributes:
-    inputs: of a chunk.
-    tiles: of 64 outputs.
-    rows: of x.
-    per_group: chunks that share a scale; 0 for planes of digits, with stats and steps.
-    mains: chunks of the main plane: those numbered beyond are of the tail.
+    """How a slot is laid out, and where its contents come from.
+
+    Attributes:
+      inputs: of a chunk.
+      chunks: of the weight.
+      tiles: of 64 outputs.
+      rows: of x.
+      shares: chunks in a slot, one after another; as many groups of the four warps take one each, of the same
+        64 / shares outputs.
+      per_group: chunks that have a scale in common; 0 for planes of digits, with stats and steps.
+      mains: chunks of the main plane: those numbered beyond are of the tail.
     """
 
     inputs: int
+    chunks: int
     tiles: int
     rows: int
+    shares: int = 1
     per_group: int = 0
     mains: int = 0
 
@@ -76,13 +84,13 @@ class Ring:
     @property
     def nbytes(self) -> int:
         """Of a slot."""
-        return self.x_at + self.rows * self.pitch
+        return self.x_at + self.shares * self.rows * self.pitch
 
     def start(
         self, slots: Ref, slot: Any, arrays: Sequence[Ref], x: Ref, outputs: Sequence[Any], chunk: Any, left: Any
     ) -> None:
-        """Copies a chunk of tiles that begin at `outputs`; nothing if no chunk is left. Each call is a group to wait
-        for. `arrays`: as `_Digits.arrays` and `_Codes.arrays` say."""
+        """Copies chunks from `chunk` on of tiles that begin at `outputs`; nothing if no step is left. Each call is a
+        group to wait for. `arrays`: as `_Digits.arrays` and `_Codes.arrays` say."""
         ring = self
 
         def quantized_start(_, slots, slot, arrays, x, outputs, chunk, left):
@@ -141,9 +149,11 @@ class Ring:
         def quantized_take_rows(_, slots, slot, x, chunk, index=None):
             del x, chunk, index  # as in `take`
             at, thread, read = _slot(ring, slots, slot.registers[()]) + ring.x_at, _Thread.own(), []
+            share = _div(thread.warp, 4 // ring.shares)
             for tile in range(rows // 8):
-                last = constant(min(ring.rows - 8 * tile, 8) - 1)
-                own = (at + 8 * tile * ring.pitch).to(ring.pitch, arith.minsi(thread.g, last), 32, thread.c)
+                row = arith.minsi(thread.g, constant(min(ring.rows - 8 * tile, 8) - 1))
+                row = arith.addi(row, arith.muli(share, constant(ring.rows)))
+                own = (at + 8 * tile * ring.pitch).to(ring.pitch, row, 32, thread.c)
                 for j, half in itertools.product(stretches, range(2)):
                     read.append(_read(arith.addi(own, constant(128 * j + 16 * half)), 4))
             return array(ROWS, (rows, 64 * len(stretches)), jnp.bfloat16, read)
@@ -162,6 +172,26 @@ def wait(but: int) -> None:
         mgpu.utils.warpgroup_barrier()
 
     plgpu.inline_mgpu()(quantized_wait)()
+
+
+def put(out: Ref, y: jax.Array, output: jax.Array, outputs: int) -> None:
+    """The first `outputs` rows of y [64, 8 m], in SUMS, to columns of out [M, O], bfloat16 in global memory."""
+
+    def quantized_put(_, out, y, output):
+        (M, O), thread = _shape(out), _Thread.own()
+        for at, register in enumerate(y.registers.flat):
+            row, tile = thread.outputs[at % 2], at // 2
+            column = arith.addi(output.registers[()], row)
+            mine = arith.cmpi(arith.CmpIPredicate.slt, row, constant(outputs))
+            mine = arith.andi(mine, arith.cmpi(arith.CmpIPredicate.slt, column, constant(O)))
+            for i in range(2):
+                m = arith.addi(arith.muli(thread.c, constant(2)), constant(8 * tile + i))
+                live = arith.andi(mine, arith.cmpi(arith.CmpIPredicate.slt, m, constant(M)))
+                code = "{ .reg .b16 h; cvt.rn.bf16.f32 h, $1; @$2 st.global.b16 [$0], h; }"
+                operands = [_element(out, m, column), llvm.extractelement(register, constant(i)), live]
+                llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, code, "l,f,b", has_side_effects=True)
+
+    inline(quantized_put, (_REF, SUMS, _NUMBER), (), out, y, output)
 
 
 def barrier() -> None:
@@ -220,12 +250,23 @@ def _slot(ring: Ring, slots: Ref, slot: Value) -> _Address:
 
 
 class _Copies:
-    """Of one chunk to one slot."""
+    """Of one step to one slot."""
 
     def __init__(self, ring: Ring, slots: Ref, slot: Value, chunk: Value, left: Value):
         self.ring, self.at, self.chunk, self.thread = ring, _slot(ring, slots, slot), chunk, _Thread.own()
         self.live = arith.cmpi(arith.CmpIPredicate.sgt, left, constant(0))
-        self.beyond = arith.cmpi(arith.CmpIPredicate.sge, chunk, constant(ring.mains)) if ring.mains else None
+
+    def chunk_of(self, share: Value) -> Value:
+        return self.chunk if self.ring.shares == 1 else arith.addi(self.chunk, share)
+
+    def inside(self, chunk: Value) -> Value | None:
+        """Whether there is such a chunk; None if there always is."""
+        whole = self.ring.chunks % self.ring.shares == 0
+        return None if whole else arith.cmpi(arith.CmpIPredicate.slt, chunk, constant(self.ring.chunks))
+
+    def beyond(self, chunk: Value) -> Value:
+        """Whether it is of the tail."""
+        return arith.cmpi(arith.CmpIPredicate.sge, chunk, constant(self.ring.mains))
 
     def weight(self, arrays: Sequence[Ref], tile: int, output: Value) -> None:
         words, scales = self.at + tile * _WORDS, self.at + (self.ring.scales_at + tile * (_STATS + _STEPS))
@@ -237,12 +278,13 @@ class _Copies:
         self._blocks_of(arrays, 0, output, 256, words)
         if len(arrays) > 1:
             groups, columns = _shape(arrays[1])
-            group = arith.minsi(_div(self.chunk, self.ring.per_group), constant(groups - 1))
-            scales = self.at + (self.ring.scales_at + tile * _SCALES)
+            scales, per_share = self.at + (self.ring.scales_at + tile * _SCALES), 8 // self.ring.shares
 
-            def source(i: Value) -> Value:
-                column = arith.minsi(arith.addi(output, arith.muli(i, constant(8))), constant(columns - 8))
-                return _element(arrays[1], group, column)
+            def source(i: Value) -> tuple[Value, Value | None]:
+                chunk, piece = self.chunk_of(_div(i, per_share)), _rem(i, per_share)
+                group = arith.minsi(_div(chunk, self.ring.per_group), constant(groups - 1))
+                column = arith.minsi(arith.addi(output, arith.muli(piece, constant(8))), constant(columns - 8))
+                return _element(arrays[1], group, column), self.inside(chunk)
 
             self._pieces(8, source, lambda i: scales.to(PIECE, i))
 
@@ -250,58 +292,72 @@ class _Copies:
         (M, K), inputs = _shape(x), self.ring.inputs
         per_row, at = inputs // 8, self.at + self.ring.x_at
 
-        def column(i: Value) -> Value:
-            piece = _rem(i, per_row)
-            own = arith.addi(arith.muli(self.chunk, constant(inputs)), arith.muli(piece, constant(8)))
+        def column(chunk: Value, piece: Value) -> Value:
+            own = arith.addi(arith.muli(chunk, constant(inputs)), arith.muli(piece, constant(8)))
             if index is None:
                 return own
-            place = arith.addi(
-                arith.muli(arith.subi(self.chunk, constant(self.ring.mains)), constant(16)), _div(piece, 2)
-            )
-            number = _look_up(index, place, self.beyond)
+            beyond = self.beyond(chunk)
+            place = arith.addi(arith.muli(arith.subi(chunk, constant(self.ring.mains)), constant(16)), _div(piece, 2))
+            looked_up = beyond if (inside := self.inside(chunk)) is None else arith.andi(beyond, inside)
+            number = _look_up(index, place, looked_up)
             gathered = arith.addi(arith.muli(number, constant(16)), arith.muli(_rem(piece, 2), constant(8)))
-            return arith.select(self.beyond, gathered, own)
+            return arith.select(beyond, gathered, own)
 
         def source(i: Value) -> tuple[Value, Value | None]:
-            at = column(i)
-            if K % inputs == 0:
-                return _element(x, _div(i, per_row), at)
-            inside = arith.cmpi(arith.CmpIPredicate.slt, at, constant(K))
-            return _element(x, _div(i, per_row), arith.minsi(at, constant(K - 8))), inside
+            row, piece = _div(i, per_row), _rem(i, per_row)  # of every share, one after another
+            chunk = self.chunk_of(_div(row, M))
+            at, inside = column(chunk, piece), self.inside(chunk)
+            if K % inputs:
+                within = arith.cmpi(arith.CmpIPredicate.slt, at, constant(K))
+                inside = within if inside is None else arith.andi(inside, within)
+            if inside is not None:
+                at = arith.minsi(at, constant(K - 8))
+            return _element(x, row if self.ring.shares == 1 else _rem(row, M), at), inside
 
-        self._pieces(M * per_row, source, lambda i: at.to(self.ring.pitch, _div(i, per_row), PIECE, _rem(i, per_row)))
+        pieces = self.ring.shares * M * per_row
+        self._pieces(pieces, source, lambda i: at.to(self.ring.pitch, _div(i, per_row), PIECE, _rem(i, per_row)))
 
     def _blocks_of(self, arrays: Sequence[Ref], which: int, output: Value, elements: int, to: _Address) -> None:
         """Of the main plane's array or the tail's, so many adjacent elements of each four blocks of 16 outputs."""
         per_piece = PIECE * 8 // mgpu.utils.bitwidth(ir.MemRefType(arrays[which].type).element_type)
         pieces = elements // per_piece  # of a block
 
-        def source(i: Value) -> Value:
+        def source(i: Value) -> tuple[Value, Value | None]:
+            number, blocks = _div(i, pieces), 4 // self.ring.shares
+            chunk = self.chunk_of(_div(number, blocks))
+
             def of(ref: Ref, chunk: Value) -> Value:
-                block = arith.addi(_div(output, 16), _div(i, pieces))
+                block = arith.addi(_div(output, 16), _rem(number, blocks))
                 block = arith.minsi(block, constant(_shape(ref)[0] - 1))
                 column = arith.muli(_rem(i, pieces), constant(per_piece))
                 return _element(ref, block, arith.addi(arith.muli(chunk, constant(elements)), column))
 
-            own = of(arrays[which], self.chunk)
-            if len(arrays) < 6:
-                return own
-            other = of(arrays[3 + which], arith.subi(self.chunk, constant(self.ring.mains)))
-            return arith.select(self.beyond, other, own)
+            address, inside = of(arrays[which], chunk), self.inside(chunk)
+            if len(arrays) > 3:
+                other = of(arrays[3 + which], arith.subi(chunk, constant(self.ring.mains)))
+                address = arith.select(self.beyond(chunk), other, address)
+            if inside is not None:  # a copy of nothing still wants an address
+                address = arith.select(inside, address, _element(arrays[which], constant(0), constant(0)))
+            return address, inside
 
         self._pieces(4 * pieces, source, lambda i: to.to(PIECE, i))
 
-    def _pieces(self, count: int, source: Callable[[Value], Any], target: Callable[[Value], Value]) -> None:
+    def _pieces(
+        self,
+        count: int,
+        source: Callable[[Value], tuple[Value, Value | None]],
+        target: Callable[[Value], Value],
+    ) -> None:
+        """`source` of a piece: its address, and whether it is there; what is not is filled with 0."""
         for first in range(0, count, THREADS):
             i, live = arith.addi(self.thread.number, constant(first)), self.live
             if count - first < THREADS:
                 mine = arith.cmpi(arith.CmpIPredicate.slt, i, constant(count))
                 live = arith.andi(live, mine)
-            given = source(i)
-            address, inside = given if isinstance(given, tuple) else (given, None)
+            address, inside = source(i)
             operands, constraint, size = [target(i), address, live], "r,l,b", ""
             if inside is not None:
-                operands.append(arith.select(inside, constant(PIECE), constant(0)))  # the others are filled with 0
+                operands.append(arith.select(inside, constant(PIECE), constant(0)))
                 constraint, size = "r,l,b,r", ", $3"
             code = f"@$2 cp.async.cg.shared.global [$0], [$1], 16{size};"
             llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, code, constraint, has_side_effects=True)

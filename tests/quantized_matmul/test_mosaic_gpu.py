@@ -51,6 +51,10 @@ def _call(arguments, config):
     [
         *CASES.values(),
         (Shape(8, 192, 2048), MosaicGpuConfig(num_splits=4)),
+        (Shape(1, 176, 2048), MosaicGpuConfig(shares=4)),
+        (Shape(4, 192, 2000, activation="swiglu", bias=True), MosaicGpuConfig(shares=2)),
+        (Shape(2, 72, 1040, "int4", bias=True), MosaicGpuConfig(shares=4, num_splits=2)),
+        (Shape(3, 40, 528, "int8"), MosaicGpuConfig(shares=2)),
         (Shape(1, 128, 1024, "int4"), MosaicGpuConfig(num_splits=3)),
         (Shape(40, 256, 768, activation="swiglu"), MosaicGpuConfig(num_splits=2, stages=2)),
     ],
