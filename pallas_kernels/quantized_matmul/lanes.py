@@ -30,7 +30,7 @@ from pallas_kernels.quantized_matmul.packing import FIELDS
 
 Word = Any  # 32 bits: an integer, or two bfloat16
 
-ONE, BASE = 0x3F803F80, 0x43004300  # 1, and 128: its mantissa counts ones
+ONE, BASE, SIGNS = 0x3F803F80, 0x43004300, 0x80008000  # 1; 128: its mantissa counts ones; -0
 TINY = 2.0**-133
 # Scales from 1e-25 to 1e9 stay normal numbers on both sides of TINY.
 LARGE = 2.0**90
@@ -45,10 +45,6 @@ class Instructions(Protocol):
 
     def fma(self, a: Word, b: Word | int, c: Word | int) -> Word:
         """a * b + c of two bfloat16, rounded once; an integer is a constant."""
-        ...
-
-    def neg(self, word: Word) -> Word:
-        """Of two bfloat16."""
         ...
 
     def both(self, word: Word, half: int) -> Word:
@@ -87,7 +83,7 @@ def strips(
         base, weights = do.fma(step, twice(-128), 0), []
         for output in range(2):
             scale = do.fma(do.bits(stats[output], 4 * pair, 0x000F000F, BASE), step, base)
-            zero = do.both(do.fma(do.bits(stats[output], 8 + 4 * pair, 0x000F000F, 0), do.neg(scale), 0), half)
+            zero = do.both(do.fma(do.bits(stats[output], 8 + 4 * pair, 0x000F000F, SIGNS), scale, 0), half)
             of_factor = [do.both(do.fma(scale, twice(4.0**-i), 0) if i else scale, half) for i in range(3)]
             weights.append([do.fma(field(do, words[output][j], p), of_factor[FACTOR[p]], zero) for p in range(8)])
         for p in range(0, 8, 2):

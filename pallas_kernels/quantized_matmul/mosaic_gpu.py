@@ -219,36 +219,40 @@ def _outputs(
             parts = [plgpu.load(twice.at[pl.ds(n * i, TILE)], layout=ptx.SUMS, optimized=False) for i in range(shares)]
             return functools.reduce(jnp.add, parts)
 
-        def chunk_of(step: Any) -> Any:
-            # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
-            import os
-            return shares * (begin + (lax.rem(step + block, count) if os.environ.get('ROT', '1') == '1' else jnp.minimum(step, count - 1)))
+        # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
+        first = shares * (begin + lax.rem(block, count))
 
-        def start(step: Any) -> None:
-            ring.start(slots, lax.rem(step, stages), gmem, x_gmem, outputs, chunk_of(step), count - step)
+        def after(chunk: Any) -> Any:
+            return jnp.where(chunk + shares >= shares * end, shares * begin, chunk + shares)
 
-        def multiply(step: Any, sums: list) -> list:
+        def start(step: Any, chunk: Any) -> None:
+            ring.start(slots, lax.rem(step, stages), gmem, x_gmem, outputs, chunk, count - step)
+
+        def multiply(step: Any, carried: tuple) -> tuple:
+            chunk, ahead, sums = carried
             if stages == 1:
                 barrier()
-                start(step)
+                start(step, chunk)
             wait(but=max(stages - 2, 0))
             if stages > 1:
-                start(step + stages - 1)  # to the slot that all threads have read in the step before
-            chunk, slot = chunk_of(step), lax.rem(step, stages)
+                start(step + stages - 1, ahead)  # to the slot that all threads have read in the step before
+            slot = lax.rem(step, stages)
 
             def x_of(stretches: range) -> jax.Array:
                 return ring.take_rows(slots, slot, x_gmem, index, chunk, padded, stretches)
 
             # Read once for all tiles, or for each what it takes at a time.
             rows, out = functools.cache(x_of) if padded <= 16 else x_of, []
-            for i, (first, total) in enumerate(zip(outputs, sums, strict=True)):
-                out.append(at.add(total, ring.take(slots, slot, gmem, i, first, chunk), rows))
-            return out
+            for i, (begins, total) in enumerate(zip(outputs, sums, strict=True)):
+                out.append(at.add(total, ring.take(slots, slot, gmem, i, begins, chunk), rows))
+            return after(chunk), after(ahead), out
 
+        ahead = first
         for i in range(stages - 1):
-            start(jnp.int32(i))
+            start(jnp.int32(i), ahead)
+            ahead = after(ahead)
         sums = [at.empty(_zeros((TILE, padded))) for _ in outputs]
-        sums = lax.fori_loop(0, count, multiply, sums)
+        _, _, sums = lax.fori_loop(0, count, multiply, (first, ahead, sums))
         z = [fold(at.total(tile)) for tile in sums]
 
         def finish(z: list[jax.Array]) -> None:

@@ -104,9 +104,6 @@ class _Ptx(lanes.Instructions):
         code = "fma.rn.bf16x2 $0, $1, $2, $3;"  # sm_80 has no other arithmetic of bfloat16
         return llvm.inline_asm(i32(), operands, code, "=r,r,r,r", has_side_effects=False)
 
-    def neg(self, word: Value) -> Value:
-        return llvm.inline_asm(i32(), [word], "neg.bf16x2 $0, $1;", "=r,r", has_side_effects=False)
-
     def both(self, word: Value, half: int) -> Value:
         # As moves of halves, which the compiler makes part of the instruction that reads them.
         code = f"{{ .reg .b16 h<2>; mov.b32 {{h0, h1}}, $1; mov.b32 $0, {{h{half}, h{half}}}; }}"

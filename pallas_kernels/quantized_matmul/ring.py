@@ -250,23 +250,12 @@ def _slot(ring: Ring, slots: Ref, slot: Value) -> _Address:
 
 
 class _Copies:
-    """Of one step to one slot."""
+    """Of one step to one slot. Addresses are sums of what belongs to a thread, which is computed once, and of the chunk
+    times a number."""
 
     def __init__(self, ring: Ring, slots: Ref, slot: Value, chunk: Value, left: Value):
         self.ring, self.at, self.chunk, self.thread = ring, _slot(ring, slots, slot), chunk, _Thread.own()
         self.live = arith.cmpi(arith.CmpIPredicate.sgt, left, constant(0))
-
-    def chunk_of(self, share: Value) -> Value:
-        return self.chunk if self.ring.shares == 1 else arith.addi(self.chunk, share)
-
-    def inside(self, chunk: Value) -> Value | None:
-        """Whether there is such a chunk; None if there always is."""
-        whole = self.ring.chunks % self.ring.shares == 0
-        return None if whole else arith.cmpi(arith.CmpIPredicate.slt, chunk, constant(self.ring.chunks))
-
-    def beyond(self, chunk: Value) -> Value:
-        """Whether it is of the tail."""
-        return arith.cmpi(arith.CmpIPredicate.sge, chunk, constant(self.ring.mains))
 
     def weight(self, arrays: Sequence[Ref], tile: int, output: Value) -> None:
         words, scales = self.at + tile * _WORDS, self.at + (self.ring.scales_at + tile * (_STATS + _STEPS))
@@ -281,10 +270,11 @@ class _Copies:
             scales, per_share = self.at + (self.ring.scales_at + tile * _SCALES), 8 // self.ring.shares
 
             def source(i: Value) -> tuple[Value, Value | None]:
-                chunk, piece = self.chunk_of(_div(i, per_share)), _rem(i, per_share)
-                group = arith.minsi(_div(chunk, self.ring.per_group), constant(groups - 1))
+                share, piece = _div(i, per_share), _rem(i, per_share)
+                group = _div(arith.addi(self.chunk, share), self.ring.per_group)
+                group = arith.minsi(group, constant(groups - 1))
                 column = arith.minsi(arith.addi(output, arith.muli(piece, constant(8))), constant(columns - 8))
-                return _element(arrays[1], group, column), self.inside(chunk)
+                return _element(arrays[1], group, column), self._inside(share)
 
             self._pieces(8, source, lambda i: scales.to(PIECE, i))
 
@@ -292,27 +282,24 @@ class _Copies:
         (M, K), inputs = _shape(x), self.ring.inputs
         per_row, at = inputs // 8, self.at + self.ring.x_at
 
-        def column(chunk: Value, piece: Value) -> Value:
-            own = arith.addi(arith.muli(chunk, constant(inputs)), arith.muli(piece, constant(8)))
-            if index is None:
-                return own
-            beyond = self.beyond(chunk)
-            place = arith.addi(arith.muli(arith.subi(chunk, constant(self.ring.mains)), constant(16)), _div(piece, 2))
-            looked_up = beyond if (inside := self.inside(chunk)) is None else arith.andi(beyond, inside)
-            number = _look_up(index, place, looked_up)
-            gathered = arith.addi(arith.muli(number, constant(16)), arith.muli(_rem(piece, 2), constant(8)))
-            return arith.select(beyond, gathered, own)
-
         def source(i: Value) -> tuple[Value, Value | None]:
             row, piece = _div(i, per_row), _rem(i, per_row)  # of every share, one after another
-            chunk = self.chunk_of(_div(row, M))
-            at, inside = column(chunk, piece), self.inside(chunk)
+            share, row = (constant(0), row) if self.ring.shares == 1 else (_div(row, M), _rem(row, M))
+            column, inside = arith.muli(arith.addi(self.chunk, share), constant(inputs)), self._inside(share)
+            within = arith.muli(piece, constant(8))
+            if index is not None:
+                beyond, number = self._beyond(share)
+                place = arith.addi(arith.muli(number, constant(16)), _div(piece, 2))
+                strip = _look_up(index, place, beyond if inside is None else arith.andi(beyond, inside))
+                # A strip is two pieces.
+                before = arith.subi(arith.muli(strip, constant(16)), arith.muli(_div(piece, 2), constant(16)))
+                column = arith.select(beyond, before, column)
             if K % inputs:
-                within = arith.cmpi(arith.CmpIPredicate.slt, at, constant(K))
-                inside = within if inside is None else arith.andi(inside, within)
+                last = arith.cmpi(arith.CmpIPredicate.slt, arith.addi(column, within), constant(K))
+                inside = last if inside is None else arith.andi(inside, last)
             if inside is not None:
-                at = arith.minsi(at, constant(K - 8))
-            return _element(x, row if self.ring.shares == 1 else _rem(row, M), at), inside
+                column = arith.select(inside, column, constant(0))  # a copy of nothing still wants an address
+            return _beside(_element(x, row, within), column, x), inside
 
         pieces = self.ring.shares * M * per_row
         self._pieces(pieces, source, lambda i: at.to(self.ring.pitch, _div(i, per_row), PIECE, _rem(i, per_row)))
@@ -324,23 +311,38 @@ class _Copies:
 
         def source(i: Value) -> tuple[Value, Value | None]:
             number, blocks = _div(i, pieces), 4 // self.ring.shares
-            chunk = self.chunk_of(_div(number, blocks))
+            share = constant(0) if self.ring.shares == 1 else _div(number, blocks)
+            inside = self._inside(share)
 
-            def of(ref: Ref, chunk: Value) -> Value:
+            def first(ref: Ref) -> Value:
                 block = arith.addi(_div(output, 16), _rem(number, blocks))
                 block = arith.minsi(block, constant(_shape(ref)[0] - 1))
-                column = arith.muli(_rem(i, pieces), constant(per_piece))
-                return _element(ref, block, arith.addi(arith.muli(chunk, constant(elements)), column))
+                return _element(ref, block, arith.muli(_rem(i, pieces), constant(per_piece)))
 
-            address, inside = of(arrays[which], chunk), self.inside(chunk)
+            address, chunk = first(arrays[which]), arith.addi(self.chunk, share)
             if len(arrays) > 3:
-                other = of(arrays[3 + which], arith.subi(chunk, constant(self.ring.mains)))
-                address = arith.select(self.beyond(chunk), other, address)
-            if inside is not None:  # a copy of nothing still wants an address
-                address = arith.select(inside, address, _element(arrays[which], constant(0), constant(0)))
-            return address, inside
+                beyond, number_of_tail = self._beyond(share)
+                address = arith.select(beyond, first(arrays[3 + which]), address)
+                chunk = arith.select(beyond, number_of_tail, chunk)
+            if inside is not None:
+                chunk = arith.select(inside, chunk, constant(0))
+            return _beside(address, arith.muli(chunk, constant(elements)), arrays[which]), inside
 
         self._pieces(4 * pieces, source, lambda i: to.to(PIECE, i))
+
+    def _inside(self, share: Value) -> Value | None:
+        """Whether a share has a chunk in this step; None if it always has."""
+        if self.ring.chunks % self.ring.shares == 0:
+            return None
+        return arith.cmpi(arith.CmpIPredicate.slt, arith.addi(self.chunk, share), constant(self.ring.chunks))
+
+    def _beyond(self, share: Value) -> tuple[Value, Value]:
+        """Whether a share's chunk is of the tail, and which of its chunks it is then."""
+        mains = self.ring.mains
+        chunk = arith.addi(self.chunk, share)
+        # Where the main plane ends between two steps, it is one answer for all shares.
+        asked = chunk if mains % self.ring.shares else self.chunk
+        return arith.cmpi(arith.CmpIPredicate.sge, asked, constant(mains)), arith.subi(chunk, constant(mains))
 
     def _pieces(
         self,
@@ -395,6 +397,12 @@ def _element(ref: Ref, row: Value | None, column: Value) -> Value:
     at = column if row is None else arith.addi(arith.muli(row, constant(_shape(ref)[1])), column)
     pointer = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
     return arith.addi(pointer, arith.muli(arith.extui(i64, at), mgpu.c(size, i64)))
+
+
+def _beside(address: Value, elements: Value, ref: Ref) -> Value:
+    """So many elements of an array behind an address."""
+    i64, size = ir.IntegerType.get_signless(64), mgpu.utils.bitwidth(ir.MemRefType(ref.type).element_type) // 8
+    return arith.addi(address, arith.muli(arith.extsi(i64, elements), mgpu.c(size, i64)))
 
 
 def _div(x: Value, by: int) -> Value:

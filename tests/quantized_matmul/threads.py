@@ -25,9 +25,6 @@ class Threads:
         total = exact(a) * exact(b) + exact(c)
         return words(total.astype(ml_dtypes.bfloat16))
 
-    def neg(self, word):
-        return word ^ np.uint32(0x80008000)
-
     def both(self, word, half):
         x = halves(word)[..., half, :]
         return words(np.stack([x, x], -2))
