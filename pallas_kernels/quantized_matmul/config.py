@@ -36,6 +36,7 @@ class MosaicGpuConfig:
             raise ValueError(f"MosaicGpuConfig.tiles must be 1 with shares, got {self}.")
 
 
+TILE = 64  # outputs of four warps
 CONFIGS: dict[str, type] = {"mosaic_gpu": MosaicGpuConfig}
 
 
@@ -45,16 +46,24 @@ def kinds(implementation: str) -> tuple[type, ...]:
 
 
 def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfig:
-    """A good configuration without measuring anything: blocks enough for four on each multiprocessor."""
+    """A good configuration without measuring anything (but once: docs/performance.md). About three blocks for each
+    multiprocessor; for more rows larger ones, for each block reads all of x.
+    """
     if implementation not in CONFIGS:
         raise ValueError(f"quantized_matmul has no configuration for {implementation!r}.")
-    s, parts = call.sizes, parts_of(call.option("activation"))
-    rows, num_sms = s["M"] + -s["M"] % 8, device.num_cores or 132
-    outputs = s["N"] // parts
-    tiles = 2 if rows > 16 and parts == 1 and outputs >= 128 * num_sms else 1
-    blocks = -(-outputs // (64 * tiles))
-    num_splits = max(1, min(8, 4 * num_sms // blocks)) if device.arch == "sm90" else 1
-    return MosaicGpuConfig(tiles, 3, num_splits=num_splits)
+    s, num_sms, hopper = call.sizes, device.num_cores or 132, device.arch == "sm90"
+    outputs, stages = s["N"] // parts_of(call.option("activation")), 3 if call.option("bits") == "mixed_2_4" else 4
+    blocks = -(-outputs // TILE)
+    if s["M"] <= 4:
+        shares = next((n for n in (4, 2) if n * blocks <= 5 * num_sms), 1)
+        return MosaicGpuConfig(1, stages, shares)
+    # Two blocks of a cluster, unless one for each strip of outputs comes out even.
+    num_splits = 1 if not hopper or 2 * num_sms < blocks < 6 * num_sms else 2
+    if s["M"] <= 8:
+        return MosaicGpuConfig(1, stages, num_splits=num_splits)
+    if parts_of(call.option("activation")) == 1 and blocks >= (2 * num_sms if s["M"] <= 32 else num_sms):
+        return MosaicGpuConfig(2, 2)
+    return MosaicGpuConfig(1, 2, num_splits=2 if hopper else 1)
 
 
 def chunk_inputs(bits: int | str) -> int:
@@ -64,9 +73,11 @@ def chunk_inputs(bits: int | str) -> int:
 
 def search_space(call: Call, device: Device, implementation: str) -> Iterator[MosaicGpuConfig]:
     """Configurations worth measuring."""
-    best = heuristic(call, device, implementation)
-    near = {1, best.num_splits - 1, best.num_splits, best.num_splits + 1} if device.arch == "sm90" else {1}
-    for tiles in (1, 2):
-        for stages in (2, 3, 4):
-            for num_splits in sorted(near & set(range(1, 9))):
+    if implementation not in CONFIGS:
+        return
+    for stages in (2, 3, 4):
+        for num_splits in (1, 2, 3, 4) if device.arch == "sm90" else (1,):
+            for tiles in (1, 2):
                 yield MosaicGpuConfig(tiles, stages, num_splits=num_splits)
+        for shares in (2, 4):
+            yield MosaicGpuConfig(1, stages, shares)

@@ -2,16 +2,18 @@
 """quantized_matmul for NVIDIA GPUs from Ampere on: packed weights are read once, and decoded on their way to the tensor
 cores.
 
-A warp holds 16 outputs and walks along the inputs by itself: what it is about to multiply it loads into registers a few
-chunks ahead, so that no thread waits for another before the end. `lanes.py` says what becomes of a word.
+A block takes 64 outputs and walks along the inputs, chunk by chunk. Words of weights, their scales and rows of x are on
+their way to shared memory (`ring.py`) while a chunk before them is decoded and multiplied (`lanes.py`):
 
-    load      W[i + 2] s[i + 2]                          from the memory, on its way while
-    scales    scale = code * step, z scale               of chunk i: arithmetic that no word of weights waits for
-    multiply  Z^T [64, M] += W^[i] [64, k] X^T [k, M]    words to bfloat16 in registers; rows of x are in the L1
+    copy      W[i + 2]  s[i + 2]  X[i + 2]               from memory
+    scales    code * step, -z * scale                    of chunk i
+    multiply  Z^T [64, M] += W^[i] [64, k] X^T [k, M]    words to bfloat16 in registers, one rounding each
 
 The second plane of a `MixedBitWeight`, the low digits of strips of 4 bits, follows the first: the same program with
-other addresses, its inputs found by an index. Where outputs are few, the blocks of a cluster share some, each a part of
-the inputs, and the first adds up what the others leave in their shared memory. Ampere has no clusters.
+other addresses, its inputs found by an index. The smallest number of rows is bound by instructions, about 36 for 16
+weights of two outputs in 32 threads; so all multiprocessors must have as much of them. Where outputs are few, the warps
+of a block take fewer, and a part of the inputs each (`shares`), or blocks of a cluster do (`num_splits`), and what they
+have is added up in order. Ampere has no clusters.
 
 Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, sections 2 and 3.
 """
@@ -33,14 +35,13 @@ from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import copies_of_device, cost_option, store, tile_memory
 from pallas_kernels.quantized_matmul import lanes, ptx
-from pallas_kernels.quantized_matmul.config import MosaicGpuConfig, chunk_inputs
+from pallas_kernels.quantized_matmul.config import TILE, MosaicGpuConfig, chunk_inputs
 from pallas_kernels.quantized_matmul.packing import CHUNK
 from pallas_kernels.quantized_matmul.ring import Ring, barrier, put, wait
 from pallas_kernels.quantized_matmul.weights import BLOCK, IntWeight, MixedBitWeight, Weight
 
 Ref = Any
 Rows = Callable[[range], jax.Array]  # of x, stretches of 64 inputs of a chunk
-TILE = 64  # outputs of a warpgroup's product
 MOST_ROWS = 64
 _ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
 
@@ -124,7 +125,8 @@ class _Digits:
         width = 4 if sums[0].shape[1] <= 16 else 1
         for j in range(0, 4, width):
             stretches = range(j, j + width)
-            sums = ptx.strips(sums, *chunk, x(stretches), stretches)
+            words, stats, steps = chunk
+            sums = ptx.strips(sums, words, stats, steps, x(stretches), stretches)
         return sums
 
     def total(self, sums: list[jax.Array]) -> jax.Array:
