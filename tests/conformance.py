@@ -172,8 +172,11 @@ def value_alone(function: Callable, arguments, cotangents: Sequence[jax.Array]) 
 
 def random_cotangents(function: Callable, arguments, seed: int) -> list[jax.Array]:
     """Cotangents in the precision of the function's outputs, so that every other precision can hold them."""
+    return random_like(jax.tree.leaves(jax.eval_shape(function, arguments)), seed)
+
+
+def random_like(outputs: Sequence[jax.ShapeDtypeStruct], seed: int) -> list[jax.Array]:
     random = np.random.default_rng(seed)
-    outputs = jax.tree.leaves(jax.eval_shape(function, arguments))
     return [jnp.asarray(random.standard_normal(x.shape), x.dtype) for x in outputs]
 
 
@@ -190,11 +193,9 @@ def assert_agrees(
 
         return run
 
-    def random_inputs(seed):
-        arrays = shuffled(arrays_of(arguments), seed)
-        return arrays, random_cotangents(lambda a: function(with_arrays(arguments, a)), arrays, seed)
-
-    inputs = [random_inputs(seed) for seed in range(4)]
+    arrays = arrays_of(arguments)
+    outputs = jax.tree.leaves(jax.eval_shape(lambda a: function(with_arrays(arguments, a)), arrays))
+    inputs = [(shuffled(arrays, seed), random_like(outputs, seed)) for seed in range(4)]
     actual = (jax.jit(evaluate(function)) if jit else evaluate(function))(*inputs[0])
     evaluate_naive, evaluate_exact = jax.jit(evaluate(naive)), jax.jit(evaluate(reference))
     usual = [evaluate_naive(*x) for x in inputs]
