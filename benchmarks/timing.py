@@ -49,9 +49,9 @@ def measure_kernels(function: Callable[[int], Any], *, copies: int, budget: floa
     """Times the kernels that PyTorch launches for `function(i)`, i below `copies`, in turn: without what the host does
     between them, as `measure` times those of JAX."""
     import torch  # type: ignore[import-not-found]
-    from jax.jaxlib import mosaic_gpu  # type: ignore[attr-defined]
+    from jax.experimental.mosaic.gpu import profiler
 
-    counters = mosaic_gpu._mosaic_gpu_ext
+    counters: Any = profiler.mosaic_gpu_lib._mosaic_gpu_ext  # type: ignore[attr-defined]
 
     def turn() -> float:
         counters._cupti_init()

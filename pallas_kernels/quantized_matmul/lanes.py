@@ -7,12 +7,12 @@ inputs an instruction sums over is free, as long as both operands agree: each th
 and no number ever changes hands.
 
     word      odd inputs | even inputs     two fields of b bits, 16 bits apart, are two adjacent inputs
-    bfloat16  0x4300 | q 4^i = 128 + q 4^i     a field within the 7 bits of the mantissa needs no conversion
-    weight    fma(128 + q 4^i, scale, -128 scale) = q 4^i scale     exact before its one rounding: -128 scale is exact
+    2 bits    0x0000 | q 4^i = q 4^i TINY      the bits of a field are a number below the smallest normal bfloat16:
+              fma(q 4^i TINY, scale / 4^i, -z scale TINY)          no conversion, and one rounding
+    4 bits    0x4300 | q = 128 + q             or, of integers, bits of the mantissa of 128
+              fma(128 + q, 1, -136)
 
-The factor 4^i of a field that was not moved is left to the sums: there is one for each i < 3, added up in the end. A
-zero is a weight like any other: z scale, once for each input. (Of many rows products cost more than that:
-`centered_strips`.)
+TINY is 2^-133, too small for what follows: scales are multiplied by LARGE, and sums by 1 / (TINY LARGE) in the end.
 
 Nothing here knows who executes it: `ptx.py` turns it into instructions, and tests compute it on arrays.
 
@@ -30,18 +30,12 @@ from pallas_kernels.quantized_matmul.packing import FIELDS
 
 Word = Any  # 32 bits: an integer, or two bfloat16
 
-ONE, MINUS_ONE = 0x3F803F80, 0xBF80BF80
-BASE, MINUS_BASE = 0x43004300, 0xC300C300  # 128: its mantissa counts ones
-FACTOR = (
-    0,
-    0,
-    1,
-    1,
-    2,
-    2,
-    0,
-    0,
-)  # the i of the 4^i that a pair of inputs is worth where it is read: three shifts a word
+ONE, BASE, SIGNS = 0x3F803F80, 0x43004300, 0x80008000  # 1; 128: its mantissa counts ones; -0
+TINY = 2.0**-133
+# Scales from 1e-25 to 1e9 stay normal numbers on both sides of TINY.
+LARGE = 2.0**90
+# The i of the 4^i that a pair of inputs is worth where it is read: three fields within 7 bits, two shifts a word.
+FACTOR = (0, 0, 1, 1, 2, 2, 0, 1)
 
 
 class Instructions(Protocol):
@@ -69,68 +63,39 @@ def strips(
     stats: Sequence[Word],
     steps: Sequence[Word],
     x: Sequence[Sequence[Sequence[Word]]],
+    stretches: Sequence[int] = range(4),
 ) -> list[list[list[Any]]]:
-    """Adds a chunk of 16 strips of 16 inputs, in codes of 2 bits with scales of two orders.
+    """Adds strips of a chunk, each of 16 inputs, in codes of 2 bits with scales of two orders.
 
     Args:
       do: who executes it.
-      sums: [i][tile of 8 rows][4] of three factors, to be multiplied by 4^-i in the end, and of zeros, to be
-        subtracted.
+      sums: [any][tile of 8 rows][4], to be added up and multiplied by 1 / (TINY LARGE) in the end: a product does not
+        wait for the one before if that is of another.
       words: [2 outputs][4 strips].
       stats: [2 outputs], codes of the scales and zeros of 4 strips.
       steps: [2], second-order scales of 4 strips, two in a word.
       x: [tile][stretch of 64 inputs, one strip of each thread][8 pairs of inputs].
+      stretches: which of the strips these are.
     """
-    weights, zeros = [[], []], [[], []]  # [output][strip][pair], [output][strip]
-    for output, pair in itertools.product(range(2), range(2)):
-        scale, stat = _scale(do, stats[output], steps[pair], pair), stats[output]
-        zero = do.fma(do.bits(stat, 8 + 4 * pair, 0x000F000F, BASE), scale, do.fma(scale, MINUS_BASE, 0))
-        for half in range(2):
-            word, one = words[output][2 * pair + half], do.both(scale, half)
-            base = do.fma(one, MINUS_BASE, 0)
-            weights[output].append([do.fma(field(do, word, p), one, base) for p in range(8)])
-            zeros[output].append(do.both(zero, half))
-    for j, p in itertools.product(range(4), range(0, 8, 2)):
-        multiply(do, sums[FACTOR[p]], [weights[output][j][q] for q in (p, p + 1) for output in range(2)], x, j, p)
-        multiply(do, sums[3], [zeros[output][j] for output in (0, 1, 0, 1)], x, j, p)
+    for at, j in enumerate(stretches):
+        pair, half = divmod(j, 2)
+        step = do.fma(steps[pair], twice(LARGE), 0)
+        base, weights = do.fma(step, twice(-128), 0), []
+        for output in range(2):
+            scale = do.fma(do.bits(stats[output], 4 * pair, 0x000F000F, BASE), step, base)
+            zero = do.both(do.fma(do.bits(stats[output], 8 + 4 * pair, 0x000F000F, SIGNS), scale, 0), half)
+            of_factor = [do.both(do.fma(scale, twice(4.0**-i), 0) if i else scale, half) for i in range(3)]
+            weights.append([do.fma(field(do, words[output][j], p), of_factor[FACTOR[p]], zero) for p in range(8)])
+        for p in range(0, 8, 2):
+            a = [weights[output][q] for q in (p, p + 1) for output in range(2)]
+            multiply(do, sums[p // 2 % len(sums)], a, x, at, p)
     return sums
-
-
-def centered_strips(
-    do: Instructions,
-    sums: list[list[Any]],
-    words: Sequence[Sequence[Word]],
-    stats: Sequence[Word],
-    steps: Sequence[Word],
-    x: Sequence[Sequence[Word]],
-    j: int,
-) -> list[list[Any]]:
-    """As `strips`, of strip j of each thread alone, to one sum [tile][4]: zeros and the factors 4^i are taken out of
-    each weight, by one more instruction, where products of many rows cost more. x: [tile][8 pairs of inputs]."""
-    weights, (pair, half) = [], divmod(j, 2)
-    for output in range(2):
-        scale, stat = _scale(do, stats[output], steps[pair], pair), stats[output]
-        minus_zero = do.fma(do.bits(stat, 8 + 4 * pair, 0x000F000F, BASE), MINUS_ONE, BASE)
-        center = [do.both(do.fma(minus_zero, twice(4**i), MINUS_BASE), half) for i in range(3)]  # -(128 + z 4^i), exact
-        one = [do.both(do.fma(scale, twice(4.0**-i), 0), half) for i in range(3)]
-        digits = [do.fma(field(do, words[output][j], p), ONE, center[FACTOR[p]]) for p in range(8)]
-        weights.append([do.fma(digit, one[FACTOR[p]], 0) for p, digit in enumerate(digits)])
-    for p in range(0, 8, 2):
-        multiply(
-            do, sums, [weights[output][q] for q in (p, p + 1) for output in range(2)], [[rows] for rows in x], 0, p
-        )
-    return sums
-
-
-def _scale(do: Instructions, stats: Word, steps: Word, pair: int) -> Word:
-    """code * step of two strips."""
-    return do.fma(do.bits(stats, 4 * pair, 0x000F000F, BASE), steps, do.fma(steps, MINUS_BASE, 0))
 
 
 def field(do: Instructions, word: Word, p: int) -> Word:
-    """128 + q 4^i of a pair of inputs in a word of 2-bit codes."""
+    """q 4^i TINY of a pair of inputs in a word of 2-bit codes."""
     moved, i = 2 * (FIELDS[p] - FACTOR[p]), FACTOR[p]
-    return do.bits(word, moved, 0x00030003 << 2 * i, BASE)
+    return do.bits(word, moved, 0x00030003 << 2 * i, 0)
 
 
 def multiply(do: Instructions, sums: list[list[Any]], a: Sequence[Word], x: Any, j: int, p: int) -> None:

@@ -19,6 +19,9 @@ adjacent inputs at a time, b / 2 words, and has its 4 words of a chunk in 16 adj
     b = 4      0  1  8  9 | 2  3 10 11 | 4  5 12 13 | 6  7 14 15
     b = 8      0  1  2  3 | 4  5  6  7 | 8  9 10 11 | 12 13 14 15
 
+Sixteen outputs, which a warp takes at a time, have what belongs to a chunk side by side, 1024 bytes of words: an array
+[N', W'] is stored as [N' / 16, 16 W'] (`blocked`), for memory and caches give whole lines.
+
 Arrays are of NumPy or JAX, and so are results; `pack` and `unpack` are compiled and return those of JAX.
 """
 
@@ -75,34 +78,51 @@ def from_memory[Array: (jax.Array, np.ndarray)](words: Array, bits: int = 2) -> 
     return words.reshape(*words.shape[:-1], -1, 4, 4 // stretch, stretch).swapaxes(-2, -3).reshape(words.shape)
 
 
+def blocked[Array: (jax.Array, np.ndarray)](rows: Array, width: int) -> Array:
+    """[N' / 16, 16 C width] of rows [N', C width]: what 16 outputs have of a chunk, `width` each, side by side.
+
+    >>> blocked(np.arange(64).reshape(16, 4), 2)[0, :6].tolist()
+    [0, 1, 4, 5, 8, 9]
+    """
+    N, columns = rows.shape
+    return rows.reshape(N // ROWS, ROWS, columns // width, width).swapaxes(1, 2).reshape(N // ROWS, ROWS * columns)
+
+
+def unblocked[Array: (jax.Array, np.ndarray)](blocks: Array, width: int) -> Array:
+    """The inverse of `blocked`."""
+    B, columns = len(blocks), blocks.shape[1] // ROWS
+    return blocks.reshape(B, columns // width, ROWS, width).swapaxes(1, 2).reshape(ROWS * B, columns)
+
+
 @functools.partial(jax.jit, static_argnames="bits")
 def pack(codes: jax.Array, bits: int) -> jax.Array:
-    """Words uint32 [N', W'] of codes [N, K], each below 2^bits; N' and W' are multiples of 16, and padding is 0."""
+    """Words uint32 [N' / 16, 16 W'] of codes [N, K], each below 2^bits; N' and W' are multiples of 16, padding is 0."""
     N, K = codes.shape
     n = 32 // bits
     codes = jnp.pad(codes, ((0, -N % ROWS), (0, -K % (CHUNK * n))))
-    return to_memory(to_words(codes.reshape(len(codes), -1, n), bits), bits)
+    return blocked(to_memory(to_words(codes.reshape(len(codes), -1, n), bits), bits), CHUNK)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "K"))
 def unpack(words: jax.Array, bits: int, K: int) -> jax.Array:
-    """Codes uint8 [N', K] of words [N', W']: what `pack` made them of, padding rows included."""
-    return from_words(from_memory(words, bits), bits).reshape(len(words), -1)[:, :K].astype(jnp.uint8)
+    """Codes uint8 [N', K] of words [N' / 16, 16 W']: what `pack` made them of, padding rows included."""
+    rows = from_memory(unblocked(words, CHUNK), bits)
+    return from_words(rows, bits).reshape(len(rows), -1)[:, :K].astype(jnp.uint8)
 
 
 def pack_stats[Array: (jax.Array, np.ndarray)](scale_codes: Array, zeros: Array) -> Array:
-    """uint32 [N', S / 4] of scale codes and zeros [N', S], both of up to 4 bits and in the order of inputs; S is a
-    multiple of 16.
+    """uint32 [N' / 16, 4 S] of scale codes and zeros [N', S], both of up to 4 bits and in the order of inputs; N' and S
+    are multiples of 16.
 
     Word c of a chunk describes the four strips at positions 4 c ... 4 c + 3 of the chunk, which are strips 4 j + c. It
     is a word of 4-bit values: their four scale codes, then their four zeros.
     """
     by_thread = [to_memory(array).reshape(len(array), -1, 4) for array in (scale_codes, zeros)]
-    return to_words(scale_codes.__array_namespace__().concatenate(by_thread, axis=-1), 4)
+    return blocked(to_words(scale_codes.__array_namespace__().concatenate(by_thread, axis=-1), 4), CHUNK // 4)
 
 
 def unpack_stats[Array: (jax.Array, np.ndarray)](stats: Array) -> tuple[Array, Array]:
     """Scale codes and zeros, uint32 [N', S] in the order of inputs."""
-    both = from_words(stats, 4)
-    scale_codes, zeros = (from_memory(part.reshape(len(stats), -1)) for part in (both[..., :4], both[..., 4:]))
+    both = from_words(unblocked(stats, CHUNK // 4), 4)
+    scale_codes, zeros = (from_memory(part.reshape(len(both), -1)) for part in (both[..., :4], both[..., 4:]))
     return scale_codes, zeros

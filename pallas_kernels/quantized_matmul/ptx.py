@@ -10,8 +10,7 @@ A warpgroup holds tiles of 64 outputs, 16 a warp. Layouts, thread 4 g + c of eac
     SUMS  [64, 8 m]   accumulators of mma.m16n8k16
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,110 +50,64 @@ SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)
 
 
 def strips(
-    sums: list[jax.Array], words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array
+    sums: list[jax.Array], words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array, stretches: range
 ) -> list[jax.Array]:
-    """Adds a chunk of strips to sums [64, 8 m] of each factor: `lanes.strips` of every thread. words [64, 16], stats
-    [64, 4], steps [4, 16], x [8 m, 256] in ROWS."""
+    """Adds strips of a chunk to sums [64, 8 m]: `lanes.strips` of every thread. words [64, 16], stats [64, 4], steps
+    [4, 16], x [8 m, 64 j] in ROWS: of j stretches of 64 inputs."""
 
     def quantized_strips(_, sums, words, stats, steps, x):
-        do: lanes.Instructions = _Ptx()
+        (both,) = steps.registers.flat
+        of_outputs = [_words_of(r) for r in words.registers.flat], [_words_of(r)[0] for r in stats.registers.flat]
         parts = [_sums_of(s) for s in sums]
-        parts = lanes.strips(do, parts, *_digits_of(words, stats, steps), _rows_of(x))
+        parts = lanes.strips(_Ptx(), parts, *of_outputs, _words_of(both), _rows_of(x), stretches)
         return [_with_sums(s, part) for s, part in zip(sums, parts, strict=True)]
 
-    arguments = ([SUMS] * len(sums), WORDS, STATS, STEPS, ROWS)
-    inline: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=[_like(s) for s in sums])
-    return inline(quantized_strips)(sums, words, stats, steps, x)
+    types = ([SUMS] * len(sums), WORDS, STATS, STEPS, ROWS)
+    return inline(quantized_strips, types, [_like(s) for s in sums], sums, words, stats, steps, x)
 
 
-def centered_strips(
-    total: jax.Array, words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array, j: int
-) -> jax.Array:
-    """As `strips`, of the j-th stretch of 64 inputs alone, x [8 m, 64], to one sum: `lanes.centered_strips`."""
+def integers(total: jax.Array, words: jax.Array, scale: jax.Array | None, x: jax.Array, bits: int) -> jax.Array:
+    """Adds a chunk of codes to a sum [64, 8 m]: `lanes.integers` of every thread. words [64, 16], scale [64, 4] or None
+    for 1, x [8 m, 512 / bits] in ROWS."""
 
-    def quantized_centered_strips(_, total, words, stats, steps, x):
-        rows = [tile[0] for tile in _rows_of(x)]
-        part = lanes.centered_strips(_Ptx(), _sums_of(total), *_digits_of(words, stats, steps), rows, j)
-        return _with_sums(total, part)
+    def quantized_integers(_, total, words, x, scale=None):
+        of_outputs, sums = [_words_of(r) for r in words.registers.flat], _sums_of(total)
+        if scale is None:
+            return _with_sums(total, lanes.integers(_Ptx(), sums, of_outputs, _rows_of(x), bits))
+        zero = arith.constant(ir.F32Type.get(), 0.0)
+        parts = lanes.integers(_Ptx(), [[zero] * 4 for _ in sums], of_outputs, _rows_of(x), bits)
+        factors = [
+            factor for r in scale.registers.flat for factor in [llvm.extractelement(r, constant(0))] * 2
+        ]  # of outputs g, g, g + 8, g + 8
+        scaled = [
+            [arith.addf(y, arith.mulf(z, factor)) for y, z, factor in zip(tile, part, factors, strict=True)]
+            for tile, part in zip(sums, parts, strict=True)
+        ]
+        return _with_sums(total, scaled)
 
-    inline: Any = plgpu.inline_mgpu(arg_types=(SUMS, WORDS, STATS, STEPS, ROWS), return_type=_like(total))
-    return inline(quantized_centered_strips)(total, words, stats, steps, x)
-
-
-def integers(total: jax.Array, words: jax.Array, x: jax.Array, bits: int) -> jax.Array:
-    """Adds a chunk of codes to a sum [64, 8 m]: `lanes.integers` of every thread. words [64, 16], x [8 m, 512 / bits]
-    in ROWS."""
-
-    def quantized_integers(_, total, words, x):
-        part = lanes.integers(_Ptx(), _sums_of(total), [_words_of(r) for r in words.registers.flat], _rows_of(x), bits)
-        return _with_sums(total, part)
-
-    arguments = (SUMS, WORDS, ROWS)
-    inline: Any = plgpu.inline_mgpu(arg_types=arguments, return_type=_like(total))
-    return inline(quantized_integers)(total, words, x)
-
-
-def gathered(x: Ref, strips: Ref, chunk: Any, rows: int, stretches: range = range(4)) -> jax.Array:
-    """Inputs of a chunk of strips anywhere in x [M, K], both in global memory: stretches of 64 of them, [rows, 256] in
-    ROWS or fewer. Rows that x does not have are copies of its last, strips beyond the last chunk the last strip."""
-
-    def quantized_gather(_, x, strips, chunk):
-        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
-        layout, bf16 = ROWS.to_mgpu(), ir.BF16Type.get()
-        base, table = (llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref)) for ref in (x, strips))
-        lane = arith.remui(mgpu.utils.thread_idx(), mgpu.c(32, i32))
-        g, c = arith.divui(lane, mgpu.c(4, i32)), arith.remui(lane, mgpu.c(4, i32))
-        at = arith.addi(arith.muli(chunk.registers[()], mgpu.c(16, i32)), c)
-        rows_of_x, pitch = ir.MemRefType(x.type).shape
-        last_strip = mgpu.c(ir.MemRefType(strips.type).shape[0] - 1, i32)
-
-        def load(code, constraint, type_, base, offset):
-            address = arith.addi(base, arith.extui(i64, offset))
-            return llvm.inline_asm(type_, [address], code, constraint, has_side_effects=True)
-
-        def number_of(j):
-            place = arith.minsi(arith.addi(at, mgpu.c(4 * j, i32)), last_strip)
-            return load("ld.global.nc.u32 $0, [$1];", "=r,l", i32, table, arith.muli(place, mgpu.c(4, i32)))
-
-        number = [number_of(j) for j in stretches]
-        registers = np.empty(layout.registers_shape((rows, 64 * len(stretches))), object)
-        four = llvm.StructType.get_literal([i32] * 4)
-        for tile in range(rows // 8):
-            row = arith.minsi(arith.addi(g, mgpu.c(8 * tile, i32)), mgpu.c(rows_of_x - 1, i32))
-            start = arith.muli(row, mgpu.c(2 * pitch, i32))
-            for j, half in itertools.product(range(len(stretches)), range(2)):
-                offset = arith.addi(start, arith.muli(number[j], mgpu.c(32, i32)))
-                offset = arith.addi(offset, mgpu.c(16 * half, i32))
-                code = "ld.global.nc.v4.u32 {$0, $1, $2, $3}, [$4];"
-                loaded = load(code, "=r,=r,=r,=r,l", four, base, offset)
-                words = [llvm.extractvalue(i32, loaded, [i]) for i in range(4)]
-                registers[tile, j, 0, 0, 0, half, 0] = _vector(words, ir.VectorType.get((8,), bf16))
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
-
-    result = plgpu.ShapeDtypeStruct((rows, 64 * len(stretches)), jnp.bfloat16, layout=ROWS)
-    types = (plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WG_SPLAT)
-    inline: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)
-    return inline(quantized_gather)(x, strips, jnp.asarray(chunk, jnp.int32))
+    arrays = [total, words, x] if scale is None else [total, words, x, scale]
+    return inline(quantized_integers, (SUMS, WORDS, ROWS, STATS)[: len(arrays)], _like(total), *arrays)
 
 
 class _Ptx(lanes.Instructions):
     """The instructions of a thread. Registers are i32 values."""
 
     def bits(self, word: Value, shift: int, mask: int, base: int) -> Value:
-        moved = arith.shrui(word, _constant(shift)) if shift else word
+        moved = arith.shrui(word, constant(shift)) if shift else word
         # (a & b) | c in one instruction, which takes one constant; the compiler, left alone, makes it two.
         code = "lop3.b32 $0, $1, $2, $3, 0xEA;"
-        operands = [moved, _constant(mask), _constant(base)]
-        return llvm.inline_asm(_i32(), operands, code, "=r,r,n,r", has_side_effects=False)
+        operands = [moved, constant(mask), constant(base)]
+        return llvm.inline_asm(i32(), operands, code, "=r,r,n,r", has_side_effects=False)
 
     def fma(self, a: Value, b: Value | int, c: Value | int) -> Value:
-        operands = [x if isinstance(x, ir.Value) else _constant(x) for x in (a, b, c)]
+        operands = [x if isinstance(x, ir.Value) else constant(x) for x in (a, b, c)]
         code = "fma.rn.bf16x2 $0, $1, $2, $3;"  # sm_80 has no other arithmetic of bfloat16
-        return llvm.inline_asm(_i32(), operands, code, "=r,r,r,r", has_side_effects=False)
+        return llvm.inline_asm(i32(), operands, code, "=r,r,r,r", has_side_effects=False)
 
     def both(self, word: Value, half: int) -> Value:
-        code = f"prmt.b32 $0, $1, $1, {0x3232 if half else 0x1010};"
-        return llvm.inline_asm(_i32(), [word], code, "=r,r", has_side_effects=False)
+        # As moves of halves, which the compiler makes part of the instruction that reads them.
+        code = f"{{ .reg .b16 h<2>; mov.b32 {{h0, h1}}, $1; mov.b32 $0, {{h{half}, h{half}}}; }}"
+        return llvm.inline_asm(i32(), [word], code, "=r,r", has_side_effects=False)
 
     def mma(self, sums: Sequence[Value], a: Sequence[Value], b: Sequence[Value]) -> list[Value]:
         f32 = ir.F32Type.get()
@@ -169,36 +122,17 @@ class _Ptx(lanes.Instructions):
         return [llvm.extractvalue(f32, result, [i]) for i in range(4)]
 
 
-def _i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _constant(x: int) -> Value:
-    # Signless 32 bits: what is 2^31 or more is given as the negative number with the same bits.
-    return mgpu.c(x - 2**32 if x >= 2**31 else x, _i32())
-
-
 def _words_of(register: Value) -> list[Value]:
     """The 32-bit words of a register of the array: a vector of some type."""
     size = mgpu.utils.bitwidth(register.type) // 32
-    as_words = vector.bitcast(ir.VectorType.get((size,), _i32()), register)
-    return [llvm.extractelement(as_words, _constant(i)) for i in range(size)]
-
-
-def _digits_of(words: Any, stats: Any, steps: Any) -> tuple[list, list, list]:
-    """What a thread has of a chunk of strips: words and statistics of its two outputs, steps."""
-    (both,) = steps.registers.flat
-    return (
-        [_words_of(r) for r in words.registers.flat],
-        [_words_of(r)[0] for r in stats.registers.flat],
-        _words_of(both),
-    )
+    as_words = vector.bitcast(ir.VectorType.get((size,), i32()), register)
+    return [llvm.extractelement(as_words, constant(i)) for i in range(size)]
 
 
 def _vector(words: Sequence[Value], type_: ir.Type) -> Value:
     x = llvm.mlir_undef(ir.VectorType.get((len(words),), words[0].type))
     for i, word in enumerate(words):
-        x = llvm.insertelement(x, word, _constant(i))
+        x = llvm.insertelement(x, word, constant(i))
     return x if x.type == type_ else vector.bitcast(type_, x)
 
 
@@ -214,7 +148,7 @@ def _rows_of(x: mgpu.FragmentedArray) -> list[list[list[Value]]]:
 def _sums_of(x: mgpu.FragmentedArray) -> list[list[Value]]:
     """[tile of 8 rows][4]."""
     pairs = x.registers.reshape(-1, 2)  # outputs g and g + 8
-    return [[llvm.extractelement(r, _constant(i)) for r in pair for i in range(2)] for pair in pairs]
+    return [[llvm.extractelement(r, constant(i)) for r in pair for i in range(2)] for pair in pairs]
 
 
 def _with_sums(x: mgpu.FragmentedArray, sums: list[list[Value]]) -> mgpu.FragmentedArray:
@@ -225,4 +159,36 @@ def _with_sums(x: mgpu.FragmentedArray, sums: list[list[Value]]) -> mgpu.Fragmen
 
 
 def _like(total: jax.Array) -> Any:
-    return plgpu.ShapeDtypeStruct(total.shape, jnp.float32, layout=SUMS)
+    return result(SUMS, total.shape, jnp.float32)
+
+
+# --- For ring.py, too ----------------------------------------------------------------------------------------
+
+
+def inline(function: Callable, types: tuple, result: Any, *arguments: Any) -> Any:
+    """Calls a function of registers on arguments of such layouts."""
+    called: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)
+    return called(function)(*arguments)
+
+
+def result(layout: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """What an inlined function returns."""
+    return plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout)
+
+
+def array(layout: Any, shape: tuple[int, ...], dtype: Any, registers: Sequence[Sequence[Value]]) -> Any:
+    """Of the 32-bit words of each register."""
+    tiled, element = layout.to_mgpu(), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
+    made = np.empty(len(registers), object)
+    made[:] = [_vector(words, ir.VectorType.get((tiled.vector_length,), element)) for words in registers]
+    signed = {"i": True, "u": False}.get(jnp.dtype(dtype).kind)
+    return mgpu.FragmentedArray(_registers=made.reshape(tiled.registers_shape(shape)), _layout=tiled, _is_signed=signed)
+
+
+def i32() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def constant(x: int) -> Value:
+    # Signless 32 bits: what is 2^31 or more is given as the negative number with the same bits.
+    return mgpu.c(x - 2**32 if x >= 2**31 else x, i32())

@@ -223,7 +223,8 @@ def _plane(codes: jax.Array, stored: fit_lib.TwoOrders, four: jax.Array, real: j
     words, scale_codes, zeros, steps = (
         jnp.pad(x, ((0, -len(x) % CHUNK), (0, 0))).T for x in (words, scale_codes, zeros, steps)
     )
-    return Plane(packing.to_memory(words), packing.pack_stats(scale_codes, zeros), packing.to_memory(steps))
+    words = packing.blocked(packing.to_memory(words), CHUNK)
+    return Plane(words, packing.pack_stats(scale_codes, zeros), packing.to_memory(steps))
 
 
 def _without_outliers(w: np.ndarray, four: np.ndarray, count: int) -> tuple[jax.Array, Outliers]:
@@ -268,7 +269,7 @@ def _integers(
     # Inputs that fill up the last chunk of words are 0, as those that fill up the last group are.
     fill = jnp.broadcast_to(zero[-1][:, None], (w.shape[1], -len(w) % (CHUNK * 32 // bits)))
     words = packing.pack(jnp.concatenate([codes.reshape(w.shape).T, fill], axis=1), bits)
-    words = words[:, : round_up(-(-K * bits // 32), CHUNK)]
+    words = words[:, : ROWS * round_up(-(-K * bits // 32), CHUNK)]
     return IntWeight(words, scale, zero if bits == 2 else None, (K, N), bits, group_size, activation_bits)
 
 

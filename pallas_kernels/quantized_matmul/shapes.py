@@ -83,7 +83,9 @@ class Shape:
         T = round_up(self._tails(), CHUNK)
 
         def plane(strips: int) -> Plane:
-            return _abstract(Plane, words=(N, strips), stats=(N, strips // 4), steps=(N // BLOCK, strips, "bfloat16"))
+            blocks, per_strip = N // BLOCK, BLOCK * strips
+            steps = (blocks, strips, "bfloat16")
+            return _abstract(Plane, words=(blocks, per_strip), stats=(blocks, per_strip // 4), steps=steps)
 
         entries = self.outliers * self.N
         outliers = _abstract(
@@ -96,7 +98,7 @@ class Shape:
     def _abstract_int(self) -> Any:
         N, bits, group_size = round_up(self.N, ROWS), int(self.scheme[3:]), GROUP_SIZES[self.scheme]
         groups = (-(-self.K // (group_size or self.K)), N)
-        words = (N, round_up(-(-self.K * bits // 32), CHUNK))
+        words = (N // BLOCK, BLOCK * round_up(-(-self.K * bits // 32), CHUNK))
         arrays = _abstract(
             dict, words=words, scale=(*groups, "bfloat16" if group_size else "float32"), zero=(*groups, "uint8")
         )
@@ -126,7 +128,8 @@ class Shape:
         strips = np.sort(random.choice(weight.strips, self._tails(), replace=False))
         T = weight.tail_index.shape[0]
         # The scale of a 4-bit strip's high digits is four times that of its low ones: same codes, four times the step.
-        scale_codes = _padded(random.integers(1, 16, weight.main.words.shape), self.N)
+        outputs = BLOCK * len(weight.main.steps), weight.main.steps.shape[1]
+        scale_codes = _padded(random.integers(1, 16, outputs), self.N)
         scale_codes[:, weight.strips :] = 0
         steps = random.uniform(0.5, 1.5, weight.main.steps.shape) * size / 13
         steps[:, strips] /= 2
@@ -172,7 +175,8 @@ def _plane(random: np.random.Generator, scale_codes: np.ndarray, steps: np.ndarr
     """Of scale codes [N', S'] and steps [N' / 16, S'] in the order of inputs."""
     stats = packing.pack_stats(scale_codes, random.integers(0, 4, scale_codes.shape))
     steps = packing.to_memory(steps.astype(jnp.bfloat16))
-    return Plane(jnp.asarray(_words(random, scale_codes.shape)), jnp.asarray(stats), jnp.asarray(steps))
+    words = _words(random, (len(steps), BLOCK * steps.shape[1]))
+    return Plane(jnp.asarray(words), jnp.asarray(stats), jnp.asarray(steps))
 
 
 SHAPES: dict[str, Shape] = {

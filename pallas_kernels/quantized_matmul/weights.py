@@ -96,9 +96,9 @@ class Plane:
     for each block of 16 outputs and strip. Codes are 1 to 15; padding has 0. The zeros of scales are left out (ADR 7).
 
     Attributes:
-      words: uint32 [N', S'], 16 digits each.
-      stats: uint32 [N', S' / 4], scale codes and zeros as `packing.pack_stats` has them.
-      steps: bfloat16 [N' / 16, S'], at the same positions as words.
+      words: uint32 [N' / 16, 16 S'], 16 digits each.
+      stats: uint32 [N' / 16, 4 S'], scale codes and zeros as `packing.pack_stats` has them.
+      steps: bfloat16 [N' / 16, S'], in the order of words.
     """
 
     words: jax.Array
@@ -109,16 +109,17 @@ class Plane:
         """Words, zeros and scales (float32, of bfloat16's values), each [N', S'] in the order of inputs."""
         scale_codes, zeros = packing.unpack_stats(self.stats)
         steps = jnp.repeat(packing.from_memory(self.steps).astype(jnp.float32), BLOCK, axis=0)
-        return packing.from_memory(self.words), zeros, rounded(scale_codes.astype(jnp.float32) * steps)
+        words = packing.from_memory(packing.unblocked(self.words, CHUNK))
+        return words, zeros, rounded(scale_codes.astype(jnp.float32) * steps)
 
     def rows(self, start: jax.Array | int, count: int) -> "Plane":
         """Outputs from `start` on; both are multiples of 16."""
-        words, stats = _rows((self.words, self.stats), start, count)
-        return Plane(words, stats, _rows(self.steps, start // BLOCK, count // BLOCK))
+        return _blocks(self, start, count)
 
 
-def _rows[Tree](tree: Tree, start: jax.Array | int, count: int) -> Tree:
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, count), tree)
+def _blocks[Tree](tree: Tree, start: jax.Array | int, count: int) -> Tree:
+    """Of arrays with a row for each 16 outputs."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start // BLOCK, count // BLOCK), tree)
 
 
 def _decode(words: jax.Array, zeros: jax.Array, scales: jax.Array) -> jax.Array:
@@ -194,8 +195,8 @@ class MixedBitWeight(_Weight):
         N, S, T = round_up(self.shape[1], ROWS), round_up(self.strips, CHUNK), math.prod(self.tail_index.shape)
         expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
         for name, strips in (("main", S), ("tail", round_up(T, CHUNK))):
-            expected[f"{name}.words"] = (N, strips), ("uint32",)
-            expected[f"{name}.stats"] = (N, strips // 4), ("uint32",)
+            expected[f"{name}.words"] = (N // BLOCK, BLOCK * strips), ("uint32",)
+            expected[f"{name}.stats"] = (N // BLOCK, BLOCK * strips // 4), ("uint32",)
             expected[f"{name}.steps"] = (N // BLOCK, strips), ("bfloat16",)
         expected["tail_index"] = (T,), ("int32",)
         if self.outliers is not None:
@@ -207,7 +208,7 @@ class MixedBitWeight(_Weight):
 
     def tail_slots(self) -> jax.Array:
         """int32 [S']: where in `tail` the low digits of each strip are, T' for strips of 2 bits."""
-        S, T = self.main.words.shape[1], self.tail_index.shape[0]
+        S, T = self.main.steps.shape[1], self.tail_index.shape[0]
         # Padding repeats 0 after a larger index, or after 0 itself.
         real = jnp.concatenate([jnp.ones(min(T, 1), bool), self.tail_index[1:] > self.tail_index[:-1]])
         strips = jnp.where(real, self.tail_index, S)
@@ -218,7 +219,7 @@ class MixedBitWeight(_Weight):
         return self.tail_slots()[: self.strips] < self.tail_index.shape[0]
 
     def decode(self, dtype: Any, start: jax.Array | int = 0, count: int | None = None) -> jax.Array:
-        count = self.main.words.shape[0] if count is None else count
+        count = BLOCK * self.main.words.shape[0] if count is None else count
         w = _decode(*self.main.rows(start, count).parts())
         if self.tail_index.shape[0]:
             slots = self.tail_slots()
@@ -237,7 +238,7 @@ class IntWeight(_Weight):
     w = (code - 2^(bits - 1)) * scale for 4 and 8 bits, (code - zero) * scale for 2.
 
     Attributes:
-      words: uint32 [N', W'].
+      words: uint32 [N' / 16, 16 W'], W' for each output.
       scale: float32 [1, N'] for each output, bfloat16 [ceil(K / group_size), N'] for groups; padding has 0.
       zero: uint8, as scale, for 2 bits; else None.
       shape: (K, N).
@@ -257,14 +258,14 @@ class IntWeight(_Weight):
     def layout(self) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         K, N = self.shape[0], round_up(self.shape[1], ROWS)
         groups = 1 if self.group_size is None else -(-K // self.group_size)
-        words = (N, round_up(-(-K * self.bits // 32), CHUNK)), ("uint32",)
+        words = (N // BLOCK, BLOCK * round_up(-(-K * self.bits // 32), CHUNK)), ("uint32",)
         scale = (groups, N), ("float32" if self.group_size is None else "bfloat16",)
         expected = {"words": words, "scale": scale}
         return expected if self.zero is None else expected | {"zero": ((groups, N), ("uint8",))}
 
     def integers(self, start: jax.Array | int = 0, count: int | None = None) -> jax.Array:
         """The weight without its scales, int32 [count, K]."""
-        words = self.words if count is None else _rows(self.words, start, count)
+        words = self.words if count is None else _blocks(self.words, start, count)
         codes = packing.unpack(words, self.bits, self.shape[0]).astype(jnp.int32)
         zero = 2 ** (self.bits - 1) if self.zero is None else self._each(self.zero.astype(jnp.int32), start, count)
         return codes - zero
@@ -278,7 +279,7 @@ class IntWeight(_Weight):
 
     def _each(self, groups: jax.Array, start: jax.Array | int, count: int | None) -> jax.Array:
         """Of groups [G, N'], what broadcasts to all inputs of some outputs, [count, K] or [count, 1]."""
-        groups = groups.T if count is None else _rows(groups.T, start, count)
+        groups = groups.T if count is None else lax.dynamic_slice_in_dim(groups.T, start, count)
         return groups if self.group_size is None else jnp.repeat(groups, self.group_size, axis=1)[:, : self.shape[0]]
 
 

@@ -24,13 +24,14 @@ def by_hand(codes, bits):
     per_word = 32 // bits
     fields = [0, 3, 1, 4, 2, 5, 6, 7] if bits == 2 else range(8)
     chunks = -(-K // (16 * per_word))
-    words = np.zeros((-(-N // 16) * 16, 16 * chunks), np.uint32)
+    words = np.zeros((-(-N // 16), 256 * chunks), np.uint32)
     for n in range(N):
         for k in range(K):
             word, v = divmod(k, per_word)
             chunk, within = divmod(word, 16)
             place = ORDER[bits].index(within)
-            words[n, 16 * chunk + place] |= int(codes[n, k]) << (16 * (v % 2) + bits * fields[v // 2])
+            at = n // 16, 256 * chunk + 16 * (n % 16) + place
+            words[at] |= int(codes[n, k]) << (16 * (v % 2) + bits * fields[v // 2])
     return words
 
 
@@ -50,9 +51,9 @@ def test_order_of_words():
     """A thread's four words of a chunk, strips c, 4 + c, 8 + c and 12 + c, are neighbors."""
     codes = np.repeat(np.arange(16) % 4, 16).astype(np.uint8)[None]  # strip s has digits s % 4, that is thread c's
     words = packing.pack(codes, 2)
-    assert words.shape == (16, 16)
-    np.testing.assert_array_equal(words[0], np.repeat([0, 0x55555555, 0xAAAAAAAA, 0xFFFFFFFF], 4))
-    np.testing.assert_array_equal(words[1:], 0)
+    assert words.shape == (1, 256)  # of 16 outputs
+    np.testing.assert_array_equal(words[0, :16], np.repeat([0, 0x55555555, 0xAAAAAAAA, 0xFFFFFFFF], 4))
+    np.testing.assert_array_equal(words[0, 16:], 0)
 
 
 def test_bits_of_stats():
@@ -62,10 +63,10 @@ def test_bits_of_stats():
     zeros[0, [0, 4, 8, 12]] = 3, 2, 1, 0
     scale_codes[1, 7] = 15  # thread 3, j = 1
     stats = packing.pack_stats(scale_codes, zeros)
-    assert stats.shape == (16, 4)
+    assert stats.shape == (1, 64)
     assert stats.dtype == np.uint32
     assert hex(stats[0, 0]) == "0x2421331"
-    assert hex(stats[1, 3]) == hex(15 << 16)
+    assert hex(stats[0, 4 + 3]) == hex(15 << 16)
     assert np.sum(stats != 0) == 2
 
 
@@ -92,7 +93,7 @@ def test_stats_come_back(size, seed):
     for n, s in np.ndindex(size):
         chunk, within = divmod(s, 16)
         j, c = divmod(within, 4)
-        word = int(stats[n, 4 * chunk + c])
+        word = int(stats[n // 16, 64 * chunk + 4 * (n % 16) + c])
         at = 16 * (j % 2) + 4 * (j // 2)
         assert (word >> at & 15, word >> (at + 8) & 15) == (scale_codes[n, s], zeros[n, s])
     for got, want in zip(packing.unpack_stats(stats), (scale_codes, zeros), strict=True):
@@ -102,7 +103,7 @@ def test_stats_come_back(size, seed):
 @pytest.mark.parametrize("bits", packing.BITS)
 def test_words_of_every_bit_pattern_come_back(bits, float64):
     """With 64-bit integers enabled too, and under jit."""
-    words = np.random.default_rng(0).integers(0, 2**32, (16, 32), np.uint32)
+    words = np.random.default_rng(0).integers(0, 2**32, (1, 16 * 32), np.uint32)
     K = 32 * 32 // bits
     again = jax.jit(lambda words: packing.pack(packing.unpack(words, bits, K), bits))(words)
     assert again.dtype == jnp.uint32

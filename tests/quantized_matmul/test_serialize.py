@@ -46,18 +46,18 @@ def put(index, value):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("main.words", cut, r"up.main.words of a weight \[K=100, N=20\] must have shape \(32, 16\), got \(31, 16\)."),
+        ("main.words", cut, r"up.main.words of a weight \[K=100, N=20\] must have shape \(2, 256\), got \(1, 256\)."),
         ("main.words", lambda x: x.view(np.int32), "up.main.words must be uint32, got int32."),
         ("tail.steps", lambda x: x.astype(np.float32), "up.tail.steps must be bfloat16, got float32."),
-        ("tail.stats", cut, r"up.tail.stats of a weight .* must have shape \(32, 4\)"),
+        ("tail.stats", cut, r"up.tail.stats of a weight .* must have shape \(2, 64\)"),
         (
             "main.stats",
-            put((19, 0), 0),
+            put((1, 4 * 3), 0),
             "up.main.stats must have a scale code of 1 to 15 at output 19, strip 0, got 0.",
         ),
         (
             "main.stats",
-            put((20, 0), 1),
+            put((1, 4 * 4), 1),
             "up.main.stats must have scale code 0, for padding at output 20, strip 0, got 1",
         ),
         ("tail.stats", put((0, 3), 2), "up.tail.stats must have scale code 0, for padding at output 0, strip 3, got 2"),
@@ -68,7 +68,7 @@ def put(index, value):
         ("tail_index", put(0, -1), "up.tail_index must be from 0 to 6, got -1 to"),
         ("tail_index", put(slice(0, 2), [5, 3]), r"up.tail_index must ascend and end in zeros, got \[5, 3, 0"),
         ("tail_index", lambda x: x.astype(np.int64).astype(np.uint32), "up.tail_index must be int32, got uint32."),
-        ("shape", put(1, 40), r"up.main.words of a weight \[K=100, N=40\] must have shape \(48, 16\), got \(32, 16\)."),
+        ("shape", put(1, 40), r"up.main.words of a weight \[K=100, N=40\] must have shape \(3, 256\), got \(2, 256\)."),
         ("shape", put(0, 0), r"up.shape must be \[K, N\], both above 0, got \[0, 20\]."),
         ("outliers.columns", put(0, 100), "up.outliers.columns must be from 0 to 99 and ascend in each row."),
         ("outliers.columns", put(slice(0, 2), [5, 5]), "up.outliers.columns must be from 0 to 99 and ascend"),

@@ -14,9 +14,18 @@ from pallas_kernels.quantized_matmul.weights import Plane
 from tests.quantized_matmul.test_packing import ORDER
 
 
+def rows_by_numpy(array, width):
+    """[N', ...] of blocks of 16 outputs, `width` of each output after another."""
+    blocks = np.asarray(array)
+    out = np.zeros((16 * len(blocks), blocks.shape[1] // 16), blocks.dtype)
+    for n, column in np.ndindex(out.shape):
+        out[n, column] = blocks[n // 16, 16 * width * (column // width) + width * (n % 16) + column % width]
+    return out
+
+
 def digits_by_numpy(words, bits):
     """[N', inputs] of words in memory order."""
-    words = np.asarray(words)
+    words = rows_by_numpy(words, 16)
     v = np.arange(32 // bits)
     field = np.array([0, 3, 1, 4, 2, 5, 6, 7])[v // 2] if bits == 2 else v // 2
     values = words[:, :, None] >> (16 * (v % 2) + bits * field).astype(np.uint32) & (2**bits - 1)
@@ -26,8 +35,9 @@ def digits_by_numpy(words, bits):
 
 def plane_by_numpy(plane):
     """float64 [N', S', 16], one strip after another."""
-    digits = digits_by_numpy(plane.words, 2).reshape(*plane.words.shape, 16)
-    stats, steps = np.asarray(plane.stats).astype(np.int64), np.asarray(plane.steps).astype(np.float64)
+    digits = digits_by_numpy(plane.words, 2)
+    digits = digits.reshape(len(digits), -1, 16)
+    stats, steps = rows_by_numpy(plane.stats, 4).astype(np.int64), np.asarray(plane.steps).astype(np.float64)
     out = np.zeros(digits.shape)
     for s in range(digits.shape[1]):
         chunk, (j, c) = s // 16, divmod(s % 16, 4)
@@ -82,7 +92,7 @@ def test_one_strip_by_hand():
     )
 
     def plane(word, zero, step):
-        arrays = np.zeros((16, 16), np.uint32), np.zeros((16, 4), np.uint32), np.ones((1, 16))
+        arrays = np.zeros((1, 256), np.uint32), np.zeros((1, 64), np.uint32), np.ones((1, 16))
         arrays[0][0, 0], arrays[1][0, 0], arrays[2][0, 0] = word, 2 | zero << 8, step
         return Plane(jnp.asarray(arrays[0]), jnp.asarray(arrays[1]), jnp.asarray(arrays[2], jnp.bfloat16))
 
@@ -95,7 +105,7 @@ def test_one_strip_by_hand():
 def test_scales_are_rounded_to_bfloat16():
     """15 * 1.0078125 = 15.1171875 lies between 15.0625 and 15.125, under jit too."""
     weight = Shape(1, 16, 16, four_bit_strips=0).make("float32", jax.random.key(0))["weight"]
-    stats, words = np.zeros((16, 4), np.uint32), np.zeros((16, 16), np.uint32)
+    stats, words = np.zeros((1, 64), np.uint32), np.zeros((1, 256), np.uint32)
     stats[0, 0], words[0, 0] = 15, 1
     main = Plane(jnp.asarray(words), jnp.asarray(stats), jnp.full((1, 16), 1.0078125, jnp.bfloat16))
     assert weight.tail_index.shape == (0,)
@@ -119,5 +129,5 @@ def test_layers_can_be_stacked_and_scanned():
     stacked = jax.tree.map(lambda *x: jnp.stack(x), first, second)
     _, each = jax.lax.scan(lambda carry, weight: (carry, weight.dequantize()), None, stacked)
     np.testing.assert_array_equal(each, jnp.stack([first.dequantize(), second.dequantize()]))
-    with pytest.raises(ValueError, match=r"main.words of a weight \[K=32, N=32\] must have shape \(32, 16\), got \(2"):
+    with pytest.raises(ValueError, match=r"main.words of a weight \[K=32, N=32\] must have shape \(2, 256\), got"):
         stacked.check()

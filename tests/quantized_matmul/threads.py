@@ -11,7 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from pallas_kernels.quantized_matmul import lanes
+from pallas_kernels.quantized_matmul import lanes, packing
 
 GROUP, QUAD = np.divmod(np.arange(32), 4)  # g and c of thread 4 g + c
 
@@ -22,7 +22,7 @@ class Threads:
 
     def fma(self, a, b, c):
         # Products of two bfloat16 are exact in float64, and so is the sum, but for what bfloat16 would round away.
-        total = halves(a).astype(np.float64) * halves(b).astype(np.float64) + halves(c).astype(np.float64)
+        total = exact(a) * exact(b) + exact(c)
         return words(total.astype(ml_dtypes.bfloat16))
 
     def both(self, word, half):
@@ -51,49 +51,70 @@ def halves(word) -> np.ndarray:
     return parts.astype(np.uint16).view(ml_dtypes.bfloat16)
 
 
+def exact(word) -> np.ndarray:
+    """These in float64, by their bits: below the smallest normal number processors may be set to take 0."""
+    bits = halves(word).view(np.uint16).astype(np.int64)
+    exponent, mantissa = bits >> 7 & 0xFF, bits & 0x7F
+    size = np.ldexp((mantissa + np.where(exponent > 0, 128, 0)).astype(np.float64), np.maximum(exponent, 1) - 134)
+    return np.where(bits >> 15, -size, size)
+
+
 def words(halves: np.ndarray) -> np.ndarray:
     parts = halves.view(np.uint16).astype(np.uint32)
     return parts[..., 0, :] | parts[..., 1, :] << np.uint32(16)
 
 
-def strips(sums, words, stats, steps, x):
+def strips(sums, words, stats, steps, x, *, stretches):
     """`ptx.strips` by the threads of four warps."""
     of_threads = [[[_sums(s, warp, m) for m in range(0, s.shape[1], 8)] for s in sums] for warp in range(4)]
     for warp, parts in enumerate(of_threads):
-        of_threads[warp] = lanes.strips(Threads(), parts, *_digits(words, stats, steps, warp), _rows(x))
+        pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
+        own = _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
+        of_threads[warp] = lanes.strips(Threads(), parts, *own, _rows(x), stretches)
     return [_array(s, [parts[i] for parts in of_threads]) for i, s in enumerate(sums)]
 
 
-def centered_strips(total, words, stats, steps, x, j):
-    """`ptx.centered_strips` by the threads of four warps."""
-    of_threads = []
-    for warp in range(4):
-        parts = [_sums(total, warp, m) for m in range(0, total.shape[1], 8)]
-        rows = [tile[0] for tile in _rows(x)]
-        of_threads.append(lanes.centered_strips(Threads(), parts, *_digits(words, stats, steps, warp), rows, j))
-    return _array(total, of_threads)
-
-
-def integers(total, words, x, bits):
+def integers(total, words, x, scale=None, *, bits):
     """`ptx.integers` by the threads of four warps."""
     of_threads = []
     for warp in range(4):
-        parts = [_sums(total, warp, m) for m in range(0, total.shape[1], 8)]
-        of_threads.append(lanes.integers(Threads(), parts, _words(words, warp, 4), _rows(x), bits))
+        sums = [_sums(total, warp, m) for m in range(0, total.shape[1], 8)]
+        start = sums if scale is None else [[np.zeros_like(y) for y in tile] for tile in sums]
+        parts = lanes.integers(Threads(), start, _words(words, warp, 4), _rows(x), bits)
+        if scale is not None:
+            factors = [f[0] for f in _words(scale, warp, 1) for _ in range(2)]
+            parts = [
+                [y + z * f for y, z, f in zip(*both, factors, strict=True)] for both in zip(sums, parts, strict=True)
+            ]
+        of_threads.append(parts)
     return _array(total, of_threads)
 
 
-def gathered(x, strips, chunk, rows, stretches):
-    """`ptx.gathered`."""
-    places = 16 * chunk + np.add.outer(4 * np.asarray(stretches), np.arange(4)).ravel()
-    number = strips[np.minimum(places, len(strips) - 1)]
-    inputs = (16 * number[:, None] + np.arange(16)).ravel()
-    return x[np.minimum(np.arange(rows), len(x) - 1)][:, inputs]
+def take(ring, arrays, output, chunk):
+    """`Ring.take`, from where the ring copies it."""
+    blocks = np.minimum(output // 16 + np.arange(4), len(arrays[0]) - 1)
+    rows = (16 * blocks[:, None] + np.arange(16)).ravel()
+    if ring.per_group:
+        words, *scales = arrays
+        columns = [
+            np.repeat(scale[chunk // ring.per_group, rows].astype(np.float32)[:, None], 4, axis=1) for scale in scales
+        ]
+        return packing.unblocked(words, 16)[rows, 16 * chunk : 16 * (chunk + 1)], *columns
+    planes, number = (arrays[3:6], chunk - ring.mains) if chunk >= ring.mains else (arrays[:3], chunk)
+    planes = packing.unblocked(planes[0], 16), packing.unblocked(planes[1], 4), planes[2]
+    of_chunk = [slice(size * number, size * (number + 1)) for size in (16, 4, 16)]
+    return [plane[of_rows, here] for plane, of_rows, here in zip(planes, (rows, rows, blocks), of_chunk, strict=True)]
 
 
-def _digits(words, stats, steps, warp: int) -> tuple[list, list, list]:
-    pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
-    return _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
+def take_rows(ring, x, chunk, index=None, *, rows, stretches):
+    """`Ring.take_rows`, from where the ring copies them."""
+    strips = ring.inputs // 16 * chunk + np.arange(ring.inputs // 16)
+    if index is not None and chunk >= ring.mains:
+        strips = index[16 * (chunk - ring.mains) + np.arange(16)]
+    strips = strips.reshape(-1, 4)[list(stretches)].ravel()
+    inputs = (16 * strips[:, None] + np.arange(16)).ravel()
+    read = x[np.minimum(np.arange(rows), len(x) - 1)][:, np.minimum(inputs, x.shape[1] - 1)]
+    return np.where(inputs < x.shape[1], read, 0).astype(x.dtype)
 
 
 def _words(words, warp: int, count: int) -> list[list[np.ndarray]]:
@@ -143,10 +164,13 @@ def _stand_in(function):
 
 # For `interpreters.mosaic_gpu`: of constants that an inline function closes over, and arrays.
 STAND_INS = {
-    "quantized_strips": _stand_in(lambda _, *arrays: strips(*arrays)),
-    "quantized_centered_strips": _stand_in(lambda its, *arrays: [centered_strips(*arrays, j=its["j"])]),
+    "quantized_strips": _stand_in(lambda its, *arrays: strips(*arrays, stretches=its["stretches"])),
     "quantized_integers": _stand_in(lambda its, *arrays: [integers(*arrays, bits=its["bits"])]),
-    "quantized_gather": _stand_in(
-        lambda its, *arrays: [gathered(*arrays, rows=its["rows"], stretches=its["stretches"])]
+    "quantized_take": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)),
+    "quantized_take_rows": _stand_in(
+        lambda its, slots, slot, *arrays: [
+            take_rows(its["ring"], *arrays, rows=its["rows"], stretches=its["stretches"])
+        ]
     ),
+    **dict.fromkeys(("quantized_start", "quantized_wait"), lambda equation, *values: []),
 }
