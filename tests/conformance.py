@@ -38,7 +38,8 @@ class Suite:
     probe_dtypes: ClassVar[Mapping[str, str]] = {}  # and the dtype, for implementations that do not take float32
     differentiable: ClassVar[bool] = True
     on_gpu: ClassVar[bool] = True  # `pytest -m gpu` runs it
-    slow_dtypes: ClassVar[frozenset[str]] = frozenset()  # in which named shapes are not part of `make test`
+    slow_dtypes: ClassVar[frozenset[str]] = frozenset()  # in which named shapes are not part of `make test`, except
+    soon: ClassVar[Mapping[str, frozenset[str]]] = {}  # those of each dtype that are
     plumbing: ClassVar[frozenset[str]] = frozenset({"implementation", "config", "return_lse"})
 
     def call(self, arguments: dict[str, Any], implementation: str) -> Any:
@@ -73,14 +74,15 @@ class Suite:
         raise NotImplementedError
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        values = {
-            "implementation": self.implementations,
-            "shape": [name for name, shape in self.shapes.items() if not shape.large],
-            "dtype": [pytest.param(d, marks=pytest.mark.slow) if d in self.slow_dtypes else d for d in DTYPES],
-        }
-        for name in metafunc.fixturenames:
-            if name in values:
-                metafunc.parametrize(name, values[name])
+        def slow(shape, dtype):
+            return dtype in self.slow_dtypes and shape not in self.soon.get(dtype, ())
+
+        cases = [(name, dtype) for name, shape in self.shapes.items() if not shape.large for dtype in DTYPES]
+        if "implementation" in metafunc.fixturenames:
+            metafunc.parametrize("implementation", self.implementations)
+        if "shape" in metafunc.fixturenames:
+            marked = [pytest.param(*case, marks=[pytest.mark.slow] if slow(*case) else []) for case in cases]
+            metafunc.parametrize(("shape", "dtype"), marked)
 
     def arguments(self, shape: str, dtype: str, implementation: str, seed: int = 0) -> dict[str, Any]:
         """Random arguments; skips the test, with the refusal as its reason, where the call is refused."""
@@ -140,10 +142,15 @@ class Suite:
         arguments = self.probe_arguments(implementation)
         changes = self.changes(arguments)
         assert set(changes) == set(inspect.signature(self.function).parameters) - self.plumbing
-        before = jax.tree.leaves(self.call(arguments, implementation))
+        # One program for all changes of arrays; what is ignored among the others would give the same program again.
+        compiled = jax.jit(self.of_arrays(arguments, implementation))
+        before = jax.tree.leaves(compiled(arrays_of(arguments)))
         for name, value in changes.items():
+            changed = {**arguments, name: value}
+            alike = is_array(value) and is_array(arguments.get(name))
+            run = compiled if alike else jax.jit(self.of_arrays(changed, implementation))
             try:
-                after = jax.tree.leaves(self.call({**arguments, name: value}, implementation))
+                after = jax.tree.leaves(run(arrays_of(changed)))
             except UnsupportedError:
                 continue
             assert any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True)), f"{name} is ignored"
@@ -172,8 +179,11 @@ def value_alone(function: Callable, arguments, cotangents: Sequence[jax.Array]) 
 
 def random_cotangents(function: Callable, arguments, seed: int) -> list[jax.Array]:
     """Cotangents in the precision of the function's outputs, so that every other precision can hold them."""
+    return random_like(jax.tree.leaves(jax.eval_shape(function, arguments)), seed)
+
+
+def random_like(outputs: Sequence[jax.ShapeDtypeStruct], seed: int) -> list[jax.Array]:
     random = np.random.default_rng(seed)
-    outputs = jax.tree.leaves(jax.eval_shape(function, arguments))
     return [jnp.asarray(random.standard_normal(x.shape), x.dtype) for x in outputs]
 
 
@@ -190,11 +200,9 @@ def assert_agrees(
 
         return run
 
-    def random_inputs(seed):
-        arrays = shuffled(arrays_of(arguments), seed)
-        return arrays, random_cotangents(lambda a: function(with_arrays(arguments, a)), arrays, seed)
-
-    inputs = [random_inputs(seed) for seed in range(4)]
+    arrays = arrays_of(arguments)
+    outputs = jax.tree.leaves(jax.eval_shape(lambda a: function(with_arrays(arguments, a)), arrays))
+    inputs = [(shuffled(arrays, seed), random_like(outputs, seed)) for seed in range(4)]
     actual = (jax.jit(evaluate(function)) if jit else evaluate(function))(*inputs[0])
     evaluate_naive, evaluate_exact = jax.jit(evaluate(naive)), jax.jit(evaluate(reference))
     usual = [evaluate_naive(*x) for x in inputs]

@@ -21,6 +21,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import io_callback
 
 
@@ -46,6 +47,7 @@ def mosaic_gpu(stand_ins: Mapping[str, Callable] = types.MappingProxyType({}), *
     params = plgpu.InterpretGPUParams(detect_races=True, **options)
     with (
         _watching(gpu_callbacks.reset_gpu_interpret_mode_state),
+        _numpy_callbacks(),
         plgpu.force_gpu_interpret_mode(params),
         _MosaicGpuRules({**_STAND_INS, **stand_ins}).installed(),
     ):
@@ -58,7 +60,11 @@ def mosaic_tpu(**options) -> Iterator[None]:
     from jax.experimental.pallas import tpu as pltpu
 
     params = pltpu.InterpretParams(detect_races=True, **options)
-    with _watching(pltpu.reset_tpu_interpret_mode_state), pltpu.force_tpu_interpret_mode(params):
+    with (
+        _watching(pltpu.reset_tpu_interpret_mode_state),
+        _numpy_callbacks(),
+        pltpu.force_tpu_interpret_mode(params),
+    ):
         yield
 
 
@@ -79,6 +85,17 @@ def _watching(reset) -> Iterator[None]:
     if "RACE DETECTED" in printed.getvalue():
         reset()
         raise RaceDetected(printed.getvalue())
+
+
+def _numpy_callbacks():
+    """Callbacks get NumPy arrays. JAX puts each argument on a device first, which takes longer than what they do."""
+    from jax._src import callback as jax_callback
+
+    def call(*args, callback, result_avals, sharding, ordered):
+        del result_avals, sharding, ordered
+        return [np.asarray(x) for x in callback(*map(np.array, args))]  # copies: the program takes its memory back
+
+    return mock.patch.object(jax_callback, "io_callback_impl", call)
 
 
 class _MosaicGpuRules:
@@ -117,6 +134,7 @@ class _MosaicGpuRules:
         with (
             mock.patch.object(self.interpreter, "interpret", functools.partialmethod(_interpret, self, interpret)),
             mock.patch.object(self.callbacks, "copy_smem_to_gmem", self.copying(copy)),
+            mock.patch.object(self.memory, "_to_int", lambda x: x if isinstance(x, jax.core.Tracer) else int(x)),
             mock.patch.object(self.memory.GPUSharedMemory, "_abort_waiters", self.aborting()),
             mock.patch.object(self.callbacks.AsyncCopyGmemToSmemTask, "post_read", self.filling()),
             self.products_take_time(),
