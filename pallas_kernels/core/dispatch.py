@@ -25,6 +25,11 @@ from pallas_kernels.core import device as device_lib
 from pallas_kernels.core.check import UnsupportedError, short_dtype
 from pallas_kernels.core.device import Device
 
+# Importing it adds to what JAX compiles under: were it imported by the first call that asks a TPU kernel, what had been
+# jitted before would be compiled once more.
+with contextlib.suppress(ImportError):
+    importlib.import_module("jax.experimental.pallas.tpu")
+
 logger = logging.getLogger("pallas_kernels")
 
 # The order in which "auto" asks. `reference` is the specification: it runs only when named.
