@@ -36,13 +36,36 @@ class MosaicGpuConfig:
             raise ValueError(f"MosaicGpuConfig.tiles must be 1 with shares, got {self}.")
 
 
+@dataclasses.dataclass(frozen=True)
+class Sm90Config:
+    """`mosaic_gpu` with wgmma, on Hopper (sm90.py).
+
+    Attributes:
+      warpgroups: of a block; they share rows of x.
+      tiles: of 64 output features, of a warpgroup; of a swiglu, as many gates beside them.
+      stages: chunks of 16 words that shared memory holds.
+      num_splits: in how many pieces the inputs are cut, each the work of another block of a cluster.
+    """
+
+    warpgroups: int = 2
+    tiles: int = 1
+    stages: int = 2
+    num_splits: int = 1
+
+    def __post_init__(self):
+        rules = {"warpgroups": (1, 2, 4), "tiles": (1, 2, 4), "stages": range(2, 9), "num_splits": range(1, 9)}
+        for name, allowed in rules.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"Sm90Config.{name} must be one of {tuple(allowed)}, got {value!r}.")
+
+
 TILE = 64  # outputs of four warps
-CONFIGS: dict[str, type] = {"mosaic_gpu": MosaicGpuConfig}
+CONFIGS: dict[str, tuple[type, ...]] = {"mosaic_gpu": (MosaicGpuConfig, Sm90Config)}
 
 
 def kinds(implementation: str) -> tuple[type, ...]:
     """The configurations that an implementation takes."""
-    return (CONFIGS[implementation],) if implementation in CONFIGS else ()
+    return CONFIGS.get(implementation, ())
 
 
 def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfig:

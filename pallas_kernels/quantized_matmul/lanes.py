@@ -78,18 +78,26 @@ def strips(
       stretches: which of the strips these are.
     """
     for at, j in enumerate(stretches):
-        pair, half = divmod(j, 2)
-        step = do.fma(steps[pair], twice(LARGE), 0)
-        base, weights = do.fma(step, twice(-128), 0), []
-        for output in range(2):
-            scale = do.fma(do.bits(stats[output], 4 * pair, 0x000F000F, BASE), step, base)
-            zero = do.both(do.fma(do.bits(stats[output], 8 + 4 * pair, 0x000F000F, SIGNS), scale, 0), half)
-            of_factor = [do.both(do.fma(scale, twice(4.0**-i), 0) if i else scale, half) for i in range(3)]
-            weights.append([do.fma(field(do, words[output][j], p), of_factor[FACTOR[p]], zero) for p in range(8)])
+        weights = strip(do, words, stats, steps, j)
         for p in range(0, 8, 2):
             a = [weights[output][q] for q in (p, p + 1) for output in range(2)]
             multiply(do, sums[p // 2 % len(sums)], a, x, at, p)
     return sums
+
+
+def strip(
+    do: Instructions, words: Sequence[Sequence[Word]], stats: Sequence[Word], steps: Sequence[Word], j: int
+) -> list[list[Word]]:
+    """Weights of strip j of a chunk, times TINY LARGE: [2 outputs][8 pairs of inputs]. Arguments as of `strips`."""
+    pair, half = divmod(j, 2)
+    step = do.fma(steps[pair], twice(LARGE), 0)
+    base, weights = do.fma(step, twice(-128), 0), []
+    for output in range(2):
+        scale = do.fma(do.bits(stats[output], 4 * pair, 0x000F000F, BASE), step, base)
+        zero = do.both(do.fma(do.bits(stats[output], 8 + 4 * pair, 0x000F000F, SIGNS), scale, 0), half)
+        of_factor = [do.both(do.fma(scale, twice(4.0**-i), 0) if i else scale, half) for i in range(3)]
+        weights.append([do.fma(field(do, words[output][j], p), of_factor[FACTOR[p]], zero) for p in range(8)])
+    return weights
 
 
 def field(do: Instructions, word: Word, p: int) -> Word:
@@ -121,19 +129,40 @@ def integers(
       bits: 4 or 8.
     """
 
-    def weight(word: Word, f: int) -> Word:
-        low = do.bits(word, bits * f, 0x000F000F, BASE)
-        if bits == 4:
-            return do.fma(low, ONE, twice(-128 - 8))
-        high = do.bits(word, 8 * f + 4, 0x000F000F, BASE)  # 16 high + low - 128, of codes within 8 bits of mantissa
-        return do.fma(low, ONE, do.fma(high, twice(16), twice(-16 * 128 - 256)))
-
     pairs = 16 // bits  # of a word
     for i, f in itertools.product(range(4), range(0, pairs, 2)):
-        a = [weight(words[output][i], g) for g in (f, f + 1) for output in range(2)]
+        a = [code(do, words[output][i], g, bits) for g in (f, f + 1) for output in range(2)]
         j, p = divmod(i * pairs + f, 8)
         multiply(do, sums, a, x, j, p)
     return sums
+
+
+def code(do: Instructions, word: Word, f: int, bits: int) -> Word:
+    """A pair of symmetric codes in a word, f of its 16 / bits: numbers from -2^(bits - 1) on."""
+    low = do.bits(word, bits * f, 0x000F000F, BASE)
+    if bits == 4:
+        return do.fma(low, ONE, twice(-128 - 8))
+    high = do.bits(word, 8 * f + 4, 0x000F000F, BASE)  # 16 high + low - 128, of codes within 8 bits of mantissa
+    return do.fma(low, ONE, do.fma(high, twice(16), twice(-16 * 128 - 256)))
+
+
+def stretch(
+    do: Instructions, words: Sequence[Sequence[Word]], scales: Sequence[Word] | None, j: int, bits: int
+) -> list[list[Word]]:
+    """Weights of stretch j of a chunk of such codes: [2 outputs][8 pairs of inputs]. `scales`: of 2 outputs, a number
+    twice each, or None for 1. Of 4 bits, scaled ones come times TINY LARGE."""
+    pairs, weights = 16 // bits, []
+    for output in range(2):
+        own = [(words[output][i], f) for i, f in (divmod(8 * j + p, pairs) for p in range(8))]
+        if scales is None:
+            weights.append([code(do, word, f, bits) for word, f in own])
+        elif bits == 4:
+            scale = do.fma(scales[output], twice(LARGE), 0)
+            zero = do.fma(scale, twice(-8 * TINY), 0)
+            weights.append([do.fma(do.bits(word, 4 * f, 0x000F000F, 0), scale, zero) for word, f in own])
+        else:
+            weights.append([do.fma(code(do, word, f, bits), scales[output], SIGNS) for word, f in own])
+    return weights
 
 
 def twice(x: float) -> int:

@@ -34,8 +34,8 @@ from pallas_kernels.core.activations import activate_parts, parts_of
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import copies_of_device, cost_option, store, tile_memory
-from pallas_kernels.quantized_matmul import lanes, ptx
-from pallas_kernels.quantized_matmul.config import TILE, MosaicGpuConfig, chunk_inputs
+from pallas_kernels.quantized_matmul import lanes, ptx, sm90
+from pallas_kernels.quantized_matmul.config import TILE, MosaicGpuConfig, Sm90Config, chunk_inputs
 from pallas_kernels.quantized_matmul.packing import CHUNK
 from pallas_kernels.quantized_matmul.ring import Ring, barrier, put, wait
 from pallas_kernels.quantized_matmul.weights import BLOCK, IntWeight, MixedBitWeight, Weight
@@ -71,14 +71,13 @@ def supports(call: Call, device: Device) -> Refusal | None:
 
 
 def forward(
-    x: jax.Array, weight: Weight, bias: jax.Array | None, *, activation: str | None, config: MosaicGpuConfig
+    x: jax.Array, weight: Weight, bias: jax.Array | None, *, activation: str | None, config: MosaicGpuConfig | Sm90Config
 ) -> jax.Array:
     """As `xla.forward`."""
     hopper, parts = copies_of_device().fill, parts_of(activation)
     if not hopper and config.num_splits > 1:
         raise ValueError(f"quantized_matmul: num_splits takes the clusters of Hopper, got {config}.")
-    at = _Digits(weight) if isinstance(weight, MixedBitWeight) else _Codes(weight)
-    N = weight.shape[1]
+    N, n = weight.shape[1], TILE * config.tiles * (config.warpgroups if isinstance(config, Sm90Config) else 1)
     per_output = {} if bias is None else {"bias": bias}
     if isinstance(weight, IntWeight) and weight.group_size is None:
         per_output = {"scale": weight.scale[0, :N], **per_output}
@@ -86,9 +85,12 @@ def forward(
     def padded(array: jax.Array) -> jax.Array:
         array = array.reshape(parts, -1)
         # To whole tiles, from wherever a block begins.
-        return jnp.pad(array, ((0, 0), (0, -array.shape[1] % (TILE * config.tiles) + TILE * (config.shares > 1))))
+        return jnp.pad(array, ((0, 0), (0, -array.shape[1] % n + TILE)))
 
     per_output = {name: padded(array) for name, array in per_output.items()}
+    if isinstance(config, Sm90Config):
+        return sm90.outputs(x, weight, per_output, activation=activation, config=config)
+    at = _Digits(weight) if isinstance(weight, MixedBitWeight) else _Codes(weight)
     return _outputs(at, x, N, per_output, activation=activation, config=config)
 
 

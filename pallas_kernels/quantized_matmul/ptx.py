@@ -89,6 +89,28 @@ def integers(total: jax.Array, words: jax.Array, scale: jax.Array | None, x: jax
     return inline(quantized_integers, (SUMS, WORDS, ROWS, STATS)[: len(arrays)], _like(total), *arrays)
 
 
+def strip(words: jax.Array, stats: jax.Array, steps: jax.Array, j: int) -> jax.Array:
+    """The left operand of a product by wgmma: `lanes.strip` of every thread, [64 outputs, 64], where columns 8 p + 2 c and
+    one more are inputs 2 p and 2 p + 1 of strip 4 j + c of a chunk. Arguments as of `strips`."""
+
+    def quantized_strip(_, words, stats, steps):
+        of_outputs = [_words_of(r) for r in words.registers.flat], [_words_of(r)[0] for r in stats.registers.flat]
+        return _operand(lanes.strip(_Ptx(), *of_outputs, _words_of(steps.registers.flat[0]), j))
+
+    return inline(quantized_strip, (WORDS, STATS, STEPS), _OPERAND, words, stats, steps)
+
+
+def stretch(words: jax.Array, scales: jax.Array | None = None, *, j: int, bits: int) -> jax.Array:
+    """The same of symmetric codes: `lanes.stretch`. scales [64, 4] of words, as `ring.take_codes` reads them."""
+
+    def quantized_stretch(_, words, scales=None):
+        factors = None if scales is None else [_words_of(r)[0] for r in scales.registers.flat]
+        return _operand(lanes.stretch(_Ptx(), [_words_of(r) for r in words.registers.flat], factors, j, bits))
+
+    given = [words] if scales is None else [words, scales]
+    return inline(quantized_stretch, (WORDS, STATS)[: len(given)], _OPERAND, *given)
+
+
 class _Ptx(lanes.Instructions):
     """The instructions of a thread. Registers are i32 values."""
 
@@ -158,6 +180,11 @@ def _with_sums(x: mgpu.FragmentedArray, sums: list[list[Value]]) -> mgpu.Fragmen
     return mgpu.FragmentedArray(_registers=registers.reshape(x.registers.shape), _layout=x.layout, _is_signed=None)
 
 
+def _operand(weights: Sequence[Sequence[Value]]) -> mgpu.FragmentedArray:
+    """bfloat16 [64, 64] of [2 outputs][8 pairs]."""
+    return array(plgpu.Layout.WGMMA, (64, 64), jnp.bfloat16, [[w] for pair in zip(*weights, strict=True) for w in pair])
+
+
 def _like(total: jax.Array) -> Any:
     return result(SUMS, total.shape, jnp.float32)
 
@@ -192,3 +219,6 @@ def i32() -> ir.Type:
 def constant(x: int) -> Value:
     # Signless 32 bits: what is 2^31 or more is given as the negative number with the same bits.
     return mgpu.c(x - 2**32 if x >= 2**31 else x, i32())
+
+
+_OPERAND = result(plgpu.Layout.WGMMA, (64, 64), jnp.bfloat16)

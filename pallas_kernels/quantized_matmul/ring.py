@@ -112,21 +112,11 @@ class Ring:
 
         def quantized_take(_, slots, slot, arrays, output, chunk):
             del output, chunk  # for those who execute it without slots
-            at, thread = _slot(ring, slots, slot.registers[()]), _Thread.own()
+            at, thread = _slot(ring, slots, slot.registers[()]), Thread.own()
             words, scales = at + tile * _WORDS, at + (ring.scales_at + tile * (_STATS + _STEPS))
-            taken = [
-                array(
-                    WORDS, (64, 16), jnp.uint32, [_read(words.to(64, row, 16, thread.c), 4) for row in thread.outputs]
-                )
-            ]
             if not ring.per_group:
-                stats = [_read(scales.to(16, row, 4, thread.c), 1) for row in thread.outputs]
-                steps = _read((scales + _STATS).to(32, thread.warp, 8, thread.c), 2)
-                return (
-                    *taken,
-                    array(STATS, (64, 4), jnp.uint32, stats),
-                    array(STEPS, (4, 16), jnp.bfloat16, [steps]),
-                )
+                return _digits(thread, words, scales, scales + _STATS)
+            taken = [_words(thread, words)]
             if len(arrays) == 1:
                 return taken
             scales = at + (ring.scales_at + tile * _SCALES)
@@ -148,14 +138,14 @@ class Ring:
 
         def quantized_take_rows(_, slots, slot, x, chunk, index=None):
             del x, chunk, index  # as in `take`
-            at, thread, read = _slot(ring, slots, slot.registers[()]) + ring.x_at, _Thread.own(), []
+            at, thread, read = _slot(ring, slots, slot.registers[()]) + ring.x_at, Thread.own(), []
             share = _div(thread.warp, 4 // ring.shares)
             for tile in range(rows // 8):
                 row = arith.minsi(thread.g, constant(min(ring.rows - 8 * tile, 8) - 1))
                 row = arith.addi(row, arith.muli(share, constant(ring.rows)))
                 own = (at + 8 * tile * ring.pitch).to(ring.pitch, row, 32, thread.c)
                 for j, half in itertools.product(stretches, range(2)):
-                    read.append(_read(arith.addi(own, constant(128 * j + 16 * half)), 4))
+                    read.append(load(arith.addi(own, constant(128 * j + 16 * half)), 4))
             return array(ROWS, (rows, 64 * len(stretches)), jnp.bfloat16, read)
 
         types = (_REF, _NUMBER, _REF, _NUMBER, *[_REF] * (index is not None))
@@ -178,7 +168,7 @@ def put(out: Ref, y: jax.Array, output: jax.Array, outputs: int) -> None:
     """The first `outputs` rows of y [64, 8 m], in SUMS, to columns of out [M, O], bfloat16 in global memory."""
 
     def quantized_put(_, out, y, output):
-        (M, O), thread = _shape(out), _Thread.own()
+        (M, O), thread = _shape(out), Thread.own()
         for at, register in enumerate(y.registers.flat):
             row, tile = thread.outputs[at % 2], at // 2
             column = arith.addi(output.registers[()], row)
@@ -203,18 +193,43 @@ def barrier() -> None:
     plgpu.inline_mgpu()(quantized_wait)()
 
 
+def take_digits(words: Ref, stats: Ref, steps: Ref) -> tuple[jax.Array, ...]:
+    """As `Ring.take`, of arrays [4, 256], [4, 64] and [4, 16] in shared memory: of 16 outputs each."""
+
+    def quantized_take_digits(_, words, stats, steps):
+        return _digits(Thread.own(), *map(Address.of, (words, stats, steps)))
+
+    kinds = [result(WORDS, (64, 16), "uint32"), result(STATS, (64, 4), "uint32"), result(STEPS, (4, 16), "bfloat16")]
+    return inline(quantized_take_digits, (_REF, _REF, _REF), kinds, words, stats, steps)
+
+
+def take_codes(words: Ref, scale: Ref | None = None) -> tuple[jax.Array, ...]:
+    """Words [64, 16] of an array [4, 256] in shared memory, and scales [64, 4] of one [64], each twice in a word."""
+
+    def quantized_take_codes(_, words, scale=None):
+        thread, taken = Thread.own(), [_words(Thread.own(), Address.of(words))]
+        if scale is None:
+            return taken
+        factors = [_read_twice(Address.of(scale).to(2, row)) for row in thread.outputs]
+        return [*taken, array(STATS, (64, 4), jnp.uint32, factors)]
+
+    kinds = [result(WORDS, (64, 16), "uint32"), result(STATS, (64, 4), "uint32")]
+    given = [words] if scale is None else [words, scale]
+    return inline(quantized_take_codes, (_REF,) * len(given), kinds[: len(given)], *given)
+
+
 # --- In registers ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class _Thread:
+class Thread:
     number: Value
     warp: Value
     g: Value
     c: Value
 
     @classmethod
-    def own(cls) -> "_Thread":
+    def own(cls) -> "Thread":
         number = _rem(mgpu.utils.thread_idx(), THREADS)
         lane = _rem(number, 32)
         return cls(number, _div(number, 32), _div(lane, 4), _rem(lane, 4))
@@ -227,14 +242,18 @@ class _Thread:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Address:
+class Address:
     """In shared memory."""
 
     base: Value
     offset: int = 0
 
-    def __add__(self, nbytes: int) -> "_Address":
-        return _Address(self.base, self.offset + nbytes)
+    @classmethod
+    def of(cls, ref: Ref) -> "Address":
+        return cls(llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(ref)))
+
+    def __add__(self, nbytes: int) -> "Address":
+        return Address(self.base, self.offset + nbytes)
 
     def to(self, *steps: Any) -> Value:
         """The address of so many times so many bytes: to(16, row, 4, column)."""
@@ -244,9 +263,22 @@ class _Address:
         return total
 
 
-def _slot(ring: Ring, slots: Ref, slot: Value) -> _Address:
-    base = llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(slots))
-    return _Address(arith.addi(base, arith.muli(slot, constant(ring.nbytes))))
+def _slot(ring: Ring, slots: Ref, slot: Value) -> Address:
+    return Address(arith.addi(Address.of(slots).base, arith.muli(slot, constant(ring.nbytes))))
+
+
+def _words(thread: Thread, words: Address) -> Any:
+    """[64, 16], of 64 bytes an output."""
+    of_outputs = [load(words.to(64, row, 16, thread.c), 4) for row in thread.outputs]
+    return array(WORDS, (64, 16), jnp.uint32, of_outputs)
+
+
+def _digits(thread: Thread, words: Address, stats: Address, steps: Address) -> tuple:
+    """Words [64, 16], stats [64, 4] and steps [4, 16]."""
+    of_outputs = [load(stats.to(16, row, 4, thread.c), 1) for row in thread.outputs]
+    of_block = load(steps.to(32, thread.warp, 8, thread.c), 2)
+    stats_array = array(STATS, (64, 4), jnp.uint32, of_outputs)
+    return _words(thread, words), stats_array, array(STEPS, (4, 16), jnp.bfloat16, [of_block])
 
 
 class _Copies:
@@ -254,7 +286,7 @@ class _Copies:
     times a number."""
 
     def __init__(self, ring: Ring, slots: Ref, slot: Value, chunk: Value, left: Value):
-        self.ring, self.at, self.chunk, self.thread = ring, _slot(ring, slots, slot), chunk, _Thread.own()
+        self.ring, self.at, self.chunk, self.thread = ring, _slot(ring, slots, slot), chunk, Thread.own()
         self.live = arith.cmpi(arith.CmpIPredicate.sgt, left, constant(0))
 
     def weight(self, arrays: Sequence[Ref], tile: int, output: Value) -> None:
@@ -304,7 +336,7 @@ class _Copies:
         pieces = self.ring.shares * M * per_row
         self._pieces(pieces, source, lambda i: at.to(self.ring.pitch, _div(i, per_row), PIECE, _rem(i, per_row)))
 
-    def _blocks_of(self, arrays: Sequence[Ref], which: int, output: Value, elements: int, to: _Address) -> None:
+    def _blocks_of(self, arrays: Sequence[Ref], which: int, output: Value, elements: int, to: Address) -> None:
         """Of the main plane's array or the tail's, so many adjacent elements of each four blocks of 16 outputs."""
         per_piece = PIECE * 8 // mgpu.utils.bitwidth(ir.MemRefType(arrays[which].type).element_type)
         pieces = elements // per_piece  # of a block
@@ -370,7 +402,7 @@ def _look_up(index: Ref, place: Value, live: Value) -> Value:
     return llvm.inline_asm(i32(), [_element(index, None, place), live], code, "=r,l,b", has_side_effects=True)
 
 
-def _read(address: Value, words: int) -> list[Value]:
+def load(address: Value, words: int) -> list[Value]:
     """Has side effects: it stays behind the wait."""
     if words == 1:
         return [llvm.inline_asm(i32(), [address], "ld.shared.u32 $0, [$1];", "=r,r", has_side_effects=True)]
@@ -384,6 +416,12 @@ def _read(address: Value, words: int) -> list[Value]:
 def _read_bfloat16(address: Value) -> list[Value]:
     """As float32, in a word."""
     code = "{ .reg .b16 h; ld.shared.u16 h, [$1]; mov.b32 $0, {0, h}; }"
+    return [llvm.inline_asm(i32(), [address], code, "=r,r", has_side_effects=True)]
+
+
+def _read_twice(address: Value) -> list[Value]:
+    """A bfloat16 in both halves of a word."""
+    code = "{ .reg .b16 h; ld.shared.u16 h, [$1]; mov.b32 $0, {h, h}; }"
     return [llvm.inline_asm(i32(), [address], code, "=r,r", has_side_effects=True)]
 
 

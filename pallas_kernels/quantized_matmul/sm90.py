@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quantized_matmul on Hopper for more than a few rows: decoded weights go from registers into wgmma, whose other operand,
+x, is shared by all warps of a block.
+
+A block takes n outputs, 64 of each warpgroup at a time, and walks along the inputs, chunk by chunk:
+
+    copies     W[i + 1]  s[i + 1]  X[i + 1]            TMA, into a ring of slots
+    decode     W^ [64, 64]                             a strip of 16 inputs in each thread of a quad, in registers
+    multiply   Z^T [64, M] += W^ [64, 64] X^T [64, M]  while other warpgroups decode
+
+wgmma wants input 2 c + e + 8 p of a stretch of 64 in thread c of a quad, and what thread c has is input 2 p + e of strip
+c: which inputs a product sums over is free, as long as both operands agree, so XLA gives x that order (`in_order`), and
+takes the strips of the tail along.
+
+Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, sections 2 and 3.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.core import cluster
+from pallas_kernels.core.activations import activate_parts, parts_of
+from pallas_kernels.core.mma import cost_option, tile_memory
+from pallas_kernels.quantized_matmul import lanes, ptx, ring
+from pallas_kernels.quantized_matmul.config import TILE, Sm90Config, chunk_inputs
+from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight, Weight
+
+Ref = Any
+BLOCKS = TILE // 16  # of 16 outputs, in a tile
+
+
+def in_order(x: jax.Array, strips: int, tail_index: jax.Array | None) -> jax.Array:
+    """Rows of x [M, K] as products take them, [M', 16 S]: M' is a multiple of 8, and of each 64 inputs the pair 2 p, 2 p +
+    1 of strip c is at 8 p + 2 c. `strips` of x, padded, and behind them those of `tail_index`."""
+    M, K = x.shape
+    pairs = lax.bitcast_convert_type(x.reshape(M, K // 2, 2), jnp.uint32)
+    pairs = jnp.pad(pairs, ((0, -M % 8), (0, 8 * strips - K // 2))).reshape(-1, strips, 8)
+    if tail_index is not None:
+        pairs = jnp.concatenate([pairs, pairs[:, tail_index]], axis=1)
+    rows = pairs.shape[0]
+    pairs = pairs.reshape(rows, -1, 4, 8).swapaxes(2, 3).reshape(rows, -1)
+    return lax.bitcast_convert_type(pairs, x.dtype).reshape(rows, -1)
+
+
+# --- Kinds of weights ----------------------------------------------------------------------------------------
+
+
+class _Digits:
+    """Two planes of 2-bit digits. The tail's chunks are numbered after those of the main plane."""
+
+    # Elements of words, stats and steps that 16 outputs have of a chunk.
+    widths = (256, 64, 16)
+    unit = lanes.TINY * lanes.LARGE
+
+    def __init__(self, weight: MixedBitWeight):
+        planes = [p for p in (weight.main, weight.tail) if p.steps.shape[1]]
+        self.arrays = [array for p in planes for array in (p.words, p.stats, p.steps)]
+        self.mains = weight.main.steps.shape[1] // 16
+        self.chunks = sum(p.steps.shape[1] for p in planes) // 16
+        self.index = weight.tail_index if len(planes) > 1 else None
+
+    def memory(self, blocks: int) -> list[tuple[tuple[int, ...], Any]]:
+        dtypes = (jnp.uint32, jnp.uint32, jnp.bfloat16)
+        return [((blocks, width), dtype) for width, dtype in zip(self.widths, dtypes, strict=True)]
+
+    def copy(self, arrays: Sequence[Ref], chunk: Any, block: Any, blocks: int, start: Callable) -> None:
+        """start(i, source) of each piece of a chunk: `blocks` times 16 outputs from `block` on."""
+
+        def pieces(arrays: Sequence[Ref], chunk: Any) -> None:
+            for i, (array, width) in enumerate(zip(arrays, self.widths, strict=True)):
+                start(i, array.at[pl.ds(block, blocks), pl.ds(chunk * width, width)])
+
+        if self.index is None:
+            pieces(arrays, chunk)
+            return
+        pl.when(chunk < self.mains)(lambda: pieces(arrays[:3], chunk))
+        pl.when(chunk >= self.mains)(lambda: pieces(arrays[3:], chunk - self.mains))
+
+    def take(self, slot: Sequence[Ref]) -> tuple[jax.Array, ...]:
+        return ring.take_digits(*slot)
+
+    def operand(self, chunk: tuple[jax.Array, ...], j: int) -> jax.Array:
+        return ptx.strip(*chunk, j)
+
+
+class _Codes:
+    """One plane of symmetric codes of 4 or 8 bits. A group is a few whole chunks."""
+
+    def __init__(self, weight: IntWeight):
+        self.bits, self.index = weight.bits, None
+        self.grouped = weight.group_size is not None
+        self.arrays = [weight.words, *([weight.scale] if self.grouped else [])]
+        self.chunks = weight.words.shape[1] // 256
+        self.per_group = max((weight.group_size or weight.shape[0]) // chunk_inputs(weight.bits), 1)
+        self.groups = len(weight.scale)
+        self.unit = lanes.TINY * lanes.LARGE if self.grouped and self.bits == 4 else 1
+
+    def memory(self, blocks: int) -> list[tuple[tuple[int, ...], Any]]:
+        return [((blocks, 256), jnp.uint32), *([((blocks * 16,), jnp.bfloat16)] if self.grouped else [])]
+
+    def copy(self, arrays: Sequence[Ref], chunk: Any, block: Any, blocks: int, start: Callable) -> None:
+        start(0, arrays[0].at[pl.ds(block, blocks), pl.ds(chunk * 256, 256)])
+        if self.grouped:
+            # The last chunk may be of padding only.
+            group = jnp.minimum(lax.div(chunk, self.per_group), self.groups - 1)
+            start(1, arrays[1].at[group, pl.ds(block * 16, blocks * 16)])
+
+    def take(self, slot: Sequence[Ref]) -> tuple[jax.Array, ...]:
+        return ring.take_codes(*slot)
+
+    def operand(self, chunk: tuple[jax.Array, ...], j: int) -> jax.Array:
+        return ptx.stretch(*chunk, j=j, bits=self.bits)
+
+
+# --- The kernel ----------------------------------------------------------------------------------------------
+
+
+def outputs(
+    x: jax.Array, weight: Weight, per_output: dict[str, jax.Array], *, activation: str | None, config: Sm90Config
+) -> jax.Array:
+    """[M, O]. `per_output` has arrays [parts, O], padded to whole blocks: "scale", "bias"."""
+    at = _Digits(weight) if isinstance(weight, MixedBitWeight) else _Codes(weight)
+    (M, K), N, parts = x.shape, weight.shape[1], parts_of(activation)
+    groups, tiles, stages, splits = config.warpgroups, config.tiles, config.stages, min(config.num_splits, at.chunks)
+    O, inputs, n = N // parts, chunk_inputs(weight.bits if isinstance(weight, IntWeight) else 2), TILE * groups * tiles
+    mains = at.chunks if at.index is None else at.mains
+    rows = in_order(x, mains * inputs // 16, at.index)
+    padded, blocks, per_part = len(rows), -(-O // n), BLOCKS * groups * tiles
+    # Copies leave alone what is not there, in whole tiles. The rest is cut off afterwards.
+    columns = O if O % TILE == 0 else blocks * n
+
+    def kernel(x_gmem, *refs, slots: list[Ref], x_slots: Ref, out_smem: Ref, full: Ref, free: Any, partial: Any = None):
+        given, out_gmem = iter(refs[:-1]), refs[-1]
+        option = {name: next(given) for name in per_output}
+        gmem = list(given)
+        block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
+        zero = lax.div(block, blocks)
+        split = lax.axis_index("split") if splits > 1 else zero
+        begin, end = (lax.div((split + i) * at.chunks, splits) for i in range(2))
+        count = end - begin
+
+        def start(step: Any) -> None:
+            slot = lax.rem(step, stages)
+            # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
+            chunk = begin + lax.rem(step + block, count)
+            plgpu.copy_gmem_to_smem(x_gmem.at[:, pl.ds(chunk * inputs, inputs)], x_slots.at[slot], full.at[slot])
+            for part in range(parts):
+
+                def piece(i: int, source: Ref, part: int = part) -> None:
+                    plgpu.copy_gmem_to_smem(source, slots[i].at[slot, part], full.at[slot])
+
+                first = lax.div(part * O, 16) + block * per_part
+                at.copy(gmem, chunk, first, per_part, piece)
+
+        def multiply(*sums: Ref) -> list[jax.Array]:
+            for step in range(stages - 1):
+                pl.when((me == 0) & (step < count))(functools.partial(start, step))
+
+            @pl.loop(0, count)
+            def _(step):
+                slot = lax.rem(step, stages)
+                plgpu.barrier_wait(full.at[slot])
+                if stages > 1:
+                    ahead = step + stages - 1
+
+                    @pl.when((me == 0) & (ahead < count))
+                    def _():
+                        # To the slot that all warpgroups have read in the step before.
+                        if groups > 1:
+                            pl.when(step > 0)(lambda: plgpu.barrier_wait(free.at[lax.rem(ahead, stages)]))
+                        start(ahead)
+
+                for i, z in enumerate(sums):
+                    part, tile = divmod(i, tiles)
+                    own = BLOCKS * (me * tiles + tile)
+                    chunk = at.take([s.at[slot, part, *at_blocks(s, own)] for s in slots])
+                    for j in range(inputs // 64):
+                        x_stretch = x_slots.at[slot, :, pl.ds(64 * j, 64)].transpose((1, 0))
+                        operand = at.operand(chunk, j)
+                        if i or j:
+                            plgpu.wgmma_wait(0)
+                        plgpu.wgmma(z, operand, x_stretch)
+                plgpu.wgmma_wait(0)
+                if groups > 1:
+                    plgpu.barrier_arrive(free.at[slot])
+
+            return [z[...] for z in sums]
+
+        accumulator: Any = plgpu
+        accumulators = [accumulator.ACC((TILE, padded), jnp.float32)] * (parts * tiles)
+        sums = pl.run_scoped(multiply, *accumulators)
+        sums = [z * (1 / at.unit) for z in sums] if at.unit != 1 else sums
+
+        def finish(tile: int, z: list[jax.Array]) -> None:
+            number = me * tiles + tile
+            output = block * n + number * TILE
+            for name, array in option.items():
+                of_output = [array.at[part, pl.ds(output, TILE)] for part in range(parts)]
+                of_output = [plgpu.load(c, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False) for c in of_output]
+                of_output = [_along_rows(c.astype(jnp.float32), (TILE, padded)) for c in of_output]
+                z = [y * c if name == "scale" else y + c for y, c in zip(z, of_output, strict=True)]
+            y = activate_parts(z, activation)
+            out_smem.at[number].transpose((1, 0))[...] = y.astype(x.dtype)
+            plgpu.commit_smem()
+            # From row 0, in words that do not tell that fewer rows than a tile may follow.
+            here = pl.ds(zero * 8, padded), pl.ds(output, TILE)
+            pl.when(output < columns)(lambda: plgpu.copy_smem_to_gmem(out_smem.at[number], out_gmem.at[here]))
+
+        if splits == 1:
+            for tile in range(tiles):
+                finish(tile, sums[tile::tiles])
+        else:
+            # Blocks of a cluster leave what they have; each adds some tiles up, in order.
+            for i, z in enumerate(sums):
+                partial[me, i] = z
+            cluster.sync()
+
+            def total(i: int) -> jax.Array:
+                read = [cluster.load(partial.at[me, i], peer, plgpu.Layout.WGMMA) for peer in range(splits)]
+                return functools.reduce(jnp.add, read)
+
+            for tile in range(tiles):
+                of_parts = range(tile, parts * tiles, tiles)
+                mine = lax.rem(me * tiles + tile, splits) == split
+                pl.when(mine)(lambda tile=tile, those=of_parts: finish(tile, [total(i) for i in those]))
+            cluster.sync()  # no block is gone while others read from it
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    kernel.__name__ = f"quantized_matmul_sm90_{type(at).__name__.strip('_').lower()}"
+    pieces = at.memory(per_part)
+    scratch: dict[str, Any] = {
+        "slots": [plgpu.SMEM((stages, parts, *shape), dtype) for shape, dtype in pieces],
+        "x_slots": tile_memory(stages, padded, inputs, dtype=x.dtype),
+        "out_smem": tile_memory(groups * tiles, padded, TILE, dtype=x.dtype),
+        "full": plgpu.Barrier(num_arrivals=1 + parts * len(pieces), num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages) if groups > 1 else None,
+    }
+    if splits > 1:
+        scratch["partial"] = plgpu.SMEM((groups, parts * tiles, TILE, padded), jnp.float32)
+    out = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((M, columns), x.dtype),
+        grid=(blocks,),
+        grid_names=("block",),
+        **({"cluster": (splits,), "cluster_names": ("split",)} if splits > 1 else {}),
+        num_threads=groups,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **cost_option(
+            flops=2 * M * N * K,
+            transcendentals=M * O if activation else 0,
+            bytes_accessed=weight.nbytes + 2 * M * (K + O),
+        ),
+    )(rows, *per_output.values(), *at.arrays)
+    return out[:, :O]
+
+
+def at_blocks(slot: Ref, first: Any) -> tuple:
+    """Of a slot, [blocks, width] or [outputs], what a tile has."""
+    return (pl.ds(first, BLOCKS),) if len(slot.shape) == 4 else (pl.ds(16 * first, TILE),)
+
+
+def _along_rows(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """One number an output, the same for each row of x."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(column, shape, (0,)), plgpu.Layout.WGMMA)
