@@ -212,14 +212,17 @@ class _MosaicGpuRules:
         return token, acc + jnp.matmul(a, b, preferred_element_type=acc.dtype)
 
     def inline(self, interpreter, eqn, token, values):
-        function, values = eqn.params["mgpu_fn"], values[: eqn.params["pytree_args"].num_leaves]
+        function, count = eqn.params["mgpu_fn"], eqn.params["pytree_args"].num_leaves
+        values, transforms = values[:count], eqn.params["pytree_ref_transforms"].unflatten(values[count:])
         if function.__name__ in self.waits:
             return self.call(interpreter, eqn, token, self.waits[function.__name__]), []
         if function.__name__ != "bar_op":
             values = list(values)
             for i, atom in enumerate(eqn.invars[: len(values)]):
                 if isinstance(atom.aval, self.state.AbstractRef):
-                    token, values[i] = self.get(interpreter, eqn, token, values[i], atom.aval)
+                    key, own = self.resolve(atom.aval, values[i], transforms[i])
+                    shape = own[-1].get_indexer_shape() if own else atom.aval.shape  # they are indices, all of them
+                    token, values[i] = self.get(interpreter, eqn, token, key, shape, atom.aval.dtype, own)
             return token, self.stand_ins[function.__name__](eqn, *values)
         closure = inspect.getclosurevars(function).nonlocals
         token = self.callbacks.call_named_barrier(
@@ -254,14 +257,14 @@ class _MosaicGpuRules:
         shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
         return self.call(interpreter, eqn, token, read, shape, acc_allocation_key_as_array=key)
 
-    def get(self, interpreter, eqn, token, key, aval):
+    def get(self, interpreter, eqn, token, key, shape, dtype, transforms):
         return self.callbacks.call_get(
             token=token,
-            result_shape_and_dtype=jax.ShapeDtypeStruct(aval.shape, aval.dtype),
+            result_shape_and_dtype=jax.ShapeDtypeStruct(shape, dtype),
             mesh_location=interpreter.mesh_location,
             thread=interpreter.thread,
             allocation_key_as_array=key,
-            transforms=(),
+            transforms=transforms,
             source_info=eqn.source_info,
         )
 

@@ -53,7 +53,7 @@ class Sm90Config:
     num_splits: int = 1
 
     def __post_init__(self):
-        rules = {"warpgroups": (1, 2, 4), "tiles": (1, 2, 4), "stages": range(2, 9), "num_splits": range(1, 9)}
+        rules = {"warpgroups": (1, 2, 3, 4), "tiles": (1, 2, 3, 4), "stages": range(2, 9), "num_splits": range(1, 9)}
         for name, allowed in rules.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"Sm90Config.{name} must be one of {tuple(allowed)}, got {value!r}.")

@@ -31,7 +31,7 @@ from pallas_kernels.quantized_matmul.packing import FIELDS
 Word = Any  # 32 bits: an integer, or two bfloat16
 
 ONE, BASE, SIGNS = 0x3F803F80, 0x43004300, 0x80008000  # 1; 128: its mantissa counts ones; -0
-TINY = 2.0**-133
+TINY, MIDDLE = 2.0**-133, 0x80088008  # -8 TINY: in bits, for processors may be set to take 0 for it
 # Scales from 1e-25 to 1e9 stay normal numbers on both sides of TINY.
 LARGE = 2.0**90
 # The i of the 4^i that a pair of inputs is worth where it is read: three fields within 7 bits, two shifts a word.
@@ -158,7 +158,7 @@ def stretch(
             weights.append([code(do, word, f, bits) for word, f in own])
         elif bits == 4:
             scale = do.fma(scales[output], twice(LARGE), 0)
-            zero = do.fma(scale, twice(-8 * TINY), 0)
+            zero = do.fma(scale, MIDDLE, 0)
             weights.append([do.fma(do.bits(word, 4 * f, 0x000F000F, 0), scale, zero) for word, f in own])
         else:
             weights.append([do.fma(code(do, word, f, bits), scales[output], SIGNS) for word, f in own])

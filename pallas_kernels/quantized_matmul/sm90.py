@@ -70,6 +70,11 @@ class _Digits:
         dtypes = (jnp.uint32, jnp.uint32, jnp.bfloat16)
         return [((blocks, width), dtype) for width, dtype in zip(self.widths, dtypes, strict=True)]
 
+    def copies(self, blocks: int) -> int:
+        """How many copies a chunk takes."""
+        del blocks
+        return len(self.widths)
+
     def copy(self, arrays: Sequence[Ref], chunk: Any, block: Any, blocks: int, start: Callable) -> None:
         """start(i, source) of each piece of a chunk: `blocks` times 16 outputs from `block` on."""
 
@@ -83,8 +88,9 @@ class _Digits:
         pl.when(chunk < self.mains)(lambda: pieces(arrays[:3], chunk))
         pl.when(chunk >= self.mains)(lambda: pieces(arrays[3:], chunk - self.mains))
 
-    def take(self, slot: Sequence[Ref]) -> tuple[jax.Array, ...]:
-        return ring.take_digits(*slot)
+    def take(self, slot: Sequence[Ref], first: Any) -> tuple[jax.Array, ...]:
+        """Of the tile that begins with block `first` of a slot, in registers."""
+        return ring.take_digits(*(array.at[pl.ds(first, BLOCKS)] for array in slot))
 
     def operand(self, chunk: tuple[jax.Array, ...], j: int) -> jax.Array:
         return ptx.strip(*chunk, j)
@@ -103,17 +109,23 @@ class _Codes:
         self.unit = lanes.TINY * lanes.LARGE if self.grouped and self.bits == 4 else 1
 
     def memory(self, blocks: int) -> list[tuple[tuple[int, ...], Any]]:
-        return [((blocks, 256), jnp.uint32), *([((blocks * 16,), jnp.bfloat16)] if self.grouped else [])]
+        return [((blocks, 256), jnp.uint32), *([((16 * blocks,), jnp.bfloat16)] if self.grouped else [])]
+
+    def copies(self, blocks: int) -> int:
+        return 1 + (-(-blocks // 16) if self.grouped else 0)
 
     def copy(self, arrays: Sequence[Ref], chunk: Any, block: Any, blocks: int, start: Callable) -> None:
         start(0, arrays[0].at[pl.ds(block, blocks), pl.ds(chunk * 256, 256)])
         if self.grouped:
             # The last chunk may be of padding only.
             group = jnp.minimum(lax.div(chunk, self.per_group), self.groups - 1)
-            start(1, arrays[1].at[group, pl.ds(block * 16, blocks * 16)])
+            for first in range(0, 16 * blocks, 256):  # outputs, as many as a copy takes
+                count = min(256, 16 * blocks - first)
+                start(1, arrays[1].at[group, pl.ds(block * 16 + first, count)], pl.ds(first, count))
 
-    def take(self, slot: Sequence[Ref]) -> tuple[jax.Array, ...]:
-        return ring.take_codes(*slot)
+    def take(self, slot: Sequence[Ref], first: Any) -> tuple[jax.Array, ...]:
+        words, *scale = slot
+        return ring.take_codes(words.at[pl.ds(first, BLOCKS)], *(array.at[pl.ds(16 * first, TILE)] for array in scale))
 
     def operand(self, chunk: tuple[jax.Array, ...], j: int) -> jax.Array:
         return ptx.stretch(*chunk, j=j, bits=self.bits)
@@ -136,67 +148,50 @@ def outputs(
     # Copies leave alone what is not there, in whole tiles. The rest is cut off afterwards.
     columns = O if O % TILE == 0 else blocks * n
 
-    def kernel(x_gmem, *refs, slots: list[Ref], x_slots: Ref, out_smem: Ref, full: Ref, free: Any, partial: Any = None):
+    def kernel(x_gmem, *refs, shared: Any, out_smem: Ref, full: Ref, free: Ref, done: Any = None):
         given, out_gmem = iter(refs[:-1]), refs[-1]
         option = {name: next(given) for name in per_output}
         gmem = list(given)
+        (x_slots, *slots), partial = shared if splits > 1 else (shared, None)
         block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
         zero = lax.div(block, blocks)
         split = lax.axis_index("split") if splits > 1 else zero
         begin, end = (lax.div((split + i) * at.chunks, splits) for i in range(2))
         count = end - begin
 
-        def start(step: Any) -> None:
-            slot = lax.rem(step, stages)
-            # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
-            chunk = begin + lax.rem(step + block, count)
-            plgpu.copy_gmem_to_smem(x_gmem.at[:, pl.ds(chunk * inputs, inputs)], x_slots.at[slot], full.at[slot])
-            for part in range(parts):
+        def copy() -> None:
+            @pl.loop(0, count)
+            def _(step):
+                slot = lax.rem(step, stages)
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
+                chunk = begin + lax.rem(step + block, count)
+                plgpu.copy_gmem_to_smem(x_gmem.at[:, pl.ds(chunk * inputs, inputs)], x_slots.at[slot], full.at[slot])
+                for part in range(parts):
 
-                def piece(i: int, source: Ref, part: int = part) -> None:
-                    plgpu.copy_gmem_to_smem(source, slots[i].at[slot, part], full.at[slot])
+                    def piece(i: int, source: Ref, *within: Any, part: int = part) -> None:
+                        plgpu.copy_gmem_to_smem(source, slots[i].at[slot, part, *within], full.at[slot])
 
-                first = lax.div(part * O, 16) + block * per_part
-                at.copy(gmem, chunk, first, per_part, piece)
+                    at.copy(gmem, chunk, lax.div(part * O, 16) + block * per_part, per_part, piece)
 
         def multiply(*sums: Ref) -> list[jax.Array]:
-            for step in range(stages - 1):
-                pl.when((me == 0) & (step < count))(functools.partial(start, step))
-
             @pl.loop(0, count)
             def _(step):
                 slot = lax.rem(step, stages)
                 plgpu.barrier_wait(full.at[slot])
-                if stages > 1:
-                    ahead = step + stages - 1
-
-                    @pl.when((me == 0) & (ahead < count))
-                    def _():
-                        # To the slot that all warpgroups have read in the step before.
-                        if groups > 1:
-                            pl.when(step > 0)(lambda: plgpu.barrier_wait(free.at[lax.rem(ahead, stages)]))
-                        start(ahead)
-
                 for i, z in enumerate(sums):
                     part, tile = divmod(i, tiles)
-                    own = BLOCKS * (me * tiles + tile)
-                    chunk = at.take([s.at[slot, part, *at_blocks(s, own)] for s in slots])
+                    first = BLOCKS * (me * tiles + tile)
+                    chunk = at.take([s.at[slot, part] for s in slots], first)
                     for j in range(inputs // 64):
-                        x_stretch = x_slots.at[slot, :, pl.ds(64 * j, 64)].transpose((1, 0))
-                        operand = at.operand(chunk, j)
+                        operand = at.operand(chunk, j)  # while the product before goes on
                         if i or j:
                             plgpu.wgmma_wait(0)
-                        plgpu.wgmma(z, operand, x_stretch)
+                        plgpu.wgmma(z, operand, x_slots.at[slot, :, pl.ds(64 * j, 64)].transpose((1, 0)))
                 plgpu.wgmma_wait(0)
-                if groups > 1:
-                    plgpu.barrier_arrive(free.at[slot])
+                pl.when(step + stages < count)(lambda: plgpu.barrier_arrive(free.at[slot]))
 
-            return [z[...] for z in sums]
-
-        accumulator: Any = plgpu
-        accumulators = [accumulator.ACC((TILE, padded), jnp.float32)] * (parts * tiles)
-        sums = pl.run_scoped(multiply, *accumulators)
-        sums = [z * (1 / at.unit) for z in sums] if at.unit != 1 else sums
+            return [z[...] * (1 / at.unit) for z in sums]
 
         def finish(tile: int, z: list[jax.Array]) -> None:
             number = me * tiles + tile
@@ -213,44 +208,61 @@ def outputs(
             here = pl.ds(zero * 8, padded), pl.ds(output, TILE)
             pl.when(output < columns)(lambda: plgpu.copy_smem_to_gmem(out_smem.at[number], out_gmem.at[here]))
 
+        accumulators: Any = [plgpu.ACC((TILE, padded), jnp.float32)] * (parts * tiles)  # type: ignore[attr-defined]
+        pl.when(me == groups)(copy)
         if splits == 1:
-            for tile in range(tiles):
-                finish(tile, sums[tile::tiles])
-        else:
-            # Blocks of a cluster leave what they have; each adds some tiles up, in order.
+
+            @pl.when(me < groups)
+            def _():
+                sums = pl.run_scoped(multiply, *accumulators)
+                for tile in range(tiles):
+                    finish(tile, sums[tile::tiles])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            return
+
+        # Blocks of a cluster leave what they have, where their slots were; each adds some tiles up, in order.
+        @pl.when(me < groups)
+        def _():
+            sums = pl.run_scoped(multiply, *accumulators)
+            plgpu.barrier_arrive(done)
+            plgpu.barrier_wait(done)
             for i, z in enumerate(sums):
                 partial[me, i] = z
-            cluster.sync()
 
-            def total(i: int) -> jax.Array:
-                read = [cluster.load(partial.at[me, i], peer, plgpu.Layout.WGMMA) for peer in range(splits)]
-                return functools.reduce(jnp.add, read)
+        cluster.sync()
 
-            for tile in range(tiles):
-                of_parts = range(tile, parts * tiles, tiles)
-                mine = lax.rem(me * tiles + tile, splits) == split
-                pl.when(mine)(lambda tile=tile, those=of_parts: finish(tile, [total(i) for i in those]))
-            cluster.sync()  # no block is gone while others read from it
+        def total(i: int) -> jax.Array:
+            read = [cluster.load(partial.at[me, i], peer, plgpu.Layout.WGMMA) for peer in range(splits)]
+            return functools.reduce(jnp.add, read)
+
+        for tile in range(tiles):
+            of_parts = range(tile, parts * tiles, tiles)
+            mine = (me < groups) & (lax.rem(me * tiles + tile, splits) == split)
+            pl.when(mine)(lambda tile=tile, those=of_parts: finish(tile, [total(i) for i in those]))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        cluster.sync()  # no block is gone while others read from it
 
     kernel.__name__ = f"quantized_matmul_sm90_{type(at).__name__.strip('_').lower()}"
     pieces = at.memory(per_part)
+    shared = [tile_memory(stages, padded, inputs, dtype=x.dtype)]
+    shared += [plgpu.SMEM((stages, parts, *shape), dtype) for shape, dtype in pieces]
     scratch: dict[str, Any] = {
-        "slots": [plgpu.SMEM((stages, parts, *shape), dtype) for shape, dtype in pieces],
-        "x_slots": tile_memory(stages, padded, inputs, dtype=x.dtype),
+        "shared": shared,
         "out_smem": tile_memory(groups * tiles, padded, TILE, dtype=x.dtype),
-        "full": plgpu.Barrier(num_arrivals=1 + parts * len(pieces), num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages) if groups > 1 else None,
+        "full": plgpu.Barrier(num_arrivals=1 + parts * at.copies(per_part), num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
     }
     if splits > 1:
-        scratch["partial"] = plgpu.SMEM((groups, parts * tiles, TILE, padded), jnp.float32)
+        partial = plgpu.SMEM((groups, parts * tiles, TILE, padded), jnp.float32)
+        scratch |= {"shared": plgpu.RefUnion(shared, partial), "done": plgpu.Barrier(num_arrivals=groups)}
     out = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((M, columns), x.dtype),
         grid=(blocks,),
         grid_names=("block",),
         **({"cluster": (splits,), "cluster_names": ("split",)} if splits > 1 else {}),
-        num_threads=groups,
+        num_threads=groups + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -261,11 +273,6 @@ def outputs(
         ),
     )(rows, *per_output.values(), *at.arrays)
     return out[:, :O]
-
-
-def at_blocks(slot: Ref, first: Any) -> tuple:
-    """Of a slot, [blocks, width] or [outputs], what a tile has."""
-    return (pl.ds(first, BLOCKS),) if len(slot.shape) == 4 else (pl.ds(16 * first, TILE),)
 
 
 def _along_rows(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import UnsupportedError, quantized_matmul
 from pallas_kernels.core import device
-from pallas_kernels.quantized_matmul.config import MosaicGpuConfig
+from pallas_kernels.quantized_matmul.config import MosaicGpuConfig, Sm90Config
 from pallas_kernels.quantized_matmul.reference import naively, specified
 from pallas_kernels.quantized_matmul.shapes import Shape
 from tests import conformance, interpreters
@@ -29,6 +29,11 @@ CASES = {
     "mixed_many": (Shape(24, 64, 256, four_bit_strips=16), MosaicGpuConfig(stages=2)),
     "int4": (Shape(8, 128, 400, "int4", bias=True), MosaicGpuConfig(tiles=2, stages=3)),
     "int8": (Shape(5, 64, 192, "int8", activation="gelu", bias=True), MosaicGpuConfig(stages=2)),
+    "wgmma": (Shape(16, 192, 528, bias=True), Sm90Config(warpgroups=2)),
+    "wgmma_few": (Shape(3, 80, 512, activation="silu", four_bit_strips=0), Sm90Config(1, tiles=2, stages=3)),
+    "wgmma_swiglu": (Shape(24, 256, 272, activation="swiglu", bias=True), Sm90Config(2)),
+    "wgmma_int4": (Shape(8, 200, 400, "int4", bias=True), Sm90Config(2, tiles=2)),
+    "wgmma_int8": (Shape(40, 64, 192, "int8", activation="gelu"), Sm90Config(1)),
 }
 
 

@@ -90,6 +90,45 @@ def integers(total, words, x, scale=None, *, bits):
     return _array(total, of_threads)
 
 
+def strip(words, stats, steps, *, j):
+    """`ptx.strip` by the threads of four warps."""
+    of_warps = []
+    for warp in range(4):
+        pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
+        own = _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
+        of_warps.append(lanes.strip(Threads(), *own, j))
+    return _operand(of_warps)
+
+
+def stretch(words, scales=None, *, j, bits):
+    """`ptx.stretch` by the threads of four warps."""
+    of_warps = []
+    for warp in range(4):
+        own = None if scales is None else [w[0] for w in _words(scales, warp, 1)]
+        of_warps.append(lanes.stretch(Threads(), _words(words, warp, 4), own, j, bits))
+    return _operand(of_warps)
+
+
+def _operand(of_warps) -> np.ndarray:
+    """[64, 64] of [warp][output g or g + 8][8 words], as wgmma reads registers."""
+    out = np.empty((64, 64), ml_dtypes.bfloat16)
+    for warp, weights in enumerate(of_warps):
+        for output, p, half in np.ndindex(2, 8, 2):
+            out[16 * warp + GROUP + 8 * output, 8 * p + 2 * QUAD + half] = halves(weights[output][p])[half]
+    return out
+
+
+def take_digits(words, stats, steps):
+    """`ring.take_digits`, of references' contents."""
+    return words.reshape(64, 16), stats.reshape(64, 4), steps
+
+
+def take_codes(words, scale=None):
+    """`ring.take_codes`, of references' contents."""
+    taken = [words.reshape(64, 16)]
+    return taken if scale is None else [*taken, np.repeat(_uint32(np.stack([scale, scale], -1))[:, None], 4, axis=1)]
+
+
 def take(ring, arrays, output, chunk):
     """`Ring.take`, from where the ring copies it."""
     blocks = np.minimum(output // 16 + np.arange(4), len(arrays[0]) - 1)
@@ -166,6 +205,10 @@ def _stand_in(function):
 STAND_INS = {
     "quantized_strips": _stand_in(lambda its, *arrays: strips(*arrays, stretches=its["stretches"])),
     "quantized_integers": _stand_in(lambda its, *arrays: [integers(*arrays, bits=its["bits"])]),
+    "quantized_strip": _stand_in(lambda its, *arrays: [strip(*arrays, j=its["j"])]),
+    "quantized_stretch": _stand_in(lambda its, *arrays: [stretch(*arrays, j=its["j"], bits=its["bits"])]),
+    "quantized_take_digits": _stand_in(lambda its, *arrays: take_digits(*arrays)),
+    "quantized_take_codes": _stand_in(lambda its, *arrays: take_codes(*arrays)),
     "quantized_take": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)),
     "quantized_take_rows": _stand_in(
         lambda its, slots, slot, *arrays: [
