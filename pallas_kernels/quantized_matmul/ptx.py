@@ -49,6 +49,12 @@ ROWS = _tiled(((8, 64), (8, 16), (8,)), (_EVERY_WARP,), (-3, -4))
 SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)
 
 
+def rows_in_order(inputs: int) -> Any:
+    """[rows, inputs] of two adjacent columns, 8 g + 2 c and one more, of a stretch of 64 in each warp."""
+    stretches = inputs // 64
+    return _tiled(((4 // stretches, inputs), (1, 64), (8,), (2,)), (-6, -5), (-3, -2))
+
+
 def strips(
     sums: list[jax.Array], words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array, stretches: range
 ) -> list[jax.Array]:

@@ -38,6 +38,7 @@ from pallas_kernels.quantized_matmul.ptx import (
     i32,
     inline,
     result,
+    rows_in_order,
 )
 
 THREADS, PIECE = 128, 16  # bytes that a thread copies at a time
@@ -218,6 +219,36 @@ def take_codes(words: Ref, scale: Ref | None = None) -> tuple[jax.Array, ...]:
     return inline(quantized_take_codes, (_REF,) * len(given), kinds[: len(given)], *given)
 
 
+def take_rows_in_order(x: Ref, index: Ref | None, chunk: Any, rows: int, inputs: int, mains: int) -> jax.Array:
+    """Rows of x, in global memory, of a chunk of so many inputs, [rows, inputs]: of each 64 inputs, those of strip c come
+    as columns 8 p + 2 c and one more, for all p. Chunks from `mains` on are of strips that `index` tells. What x does not
+    have is 0."""
+
+    def quantized_take_rows_in_order(_, x, chunk, index=None):
+        (M, K), thread, of_row = _shape(x), Thread.own(), inputs // 64
+        first_row, strip = _div(thread.warp, of_row), arith.addi(arith.muli(_rem(thread.warp, of_row), constant(4)), thread.c)
+        chunk, strips = chunk.registers[()], constant(inputs // 16)
+        if index is None:
+            strip = arith.addi(arith.muli(chunk, strips), strip)
+        else:
+            of_tail = arith.addi(arith.muli(arith.subi(chunk, constant(mains)), strips), strip)
+            beyond = arith.cmpi(arith.CmpIPredicate.sge, chunk, constant(mains))
+            looked_up = _look_up(_element(index, None, of_tail), beyond)
+            strip = arith.select(beyond, looked_up, arith.addi(arith.muli(chunk, strips), strip))
+        inside = arith.cmpi(arith.CmpIPredicate.slt, strip, constant(K // 16))
+        column = arith.addi(arith.muli(strip, constant(16)), arith.muli(thread.g, constant(2)))
+        own, read = _element(x, first_row, column), []
+        for row in range(0, rows, 4 // of_row):
+            there = arith.cmpi(arith.CmpIPredicate.slt, first_row, constant(M - row))
+            address = _beside(own, constant(row * K), x)
+            read.append([_look_up(address, arith.andi(inside, there))])
+        return array(rows_in_order(inputs), (rows, inputs), jnp.bfloat16, read)
+
+    given = [x, chunk] if index is None else [x, chunk, index]
+    shape = result(rows_in_order(inputs), (rows, inputs), "bfloat16")
+    return inline(quantized_take_rows_in_order, (_REF, _NUMBER, _REF)[: len(given)], shape, *given)
+
+
 # --- In registers ---------------------------------------------------------------------------------------------
 
 
@@ -322,7 +353,8 @@ class _Copies:
             if index is not None:
                 beyond, number = self._beyond(share)
                 place = arith.addi(arith.muli(number, constant(16)), _div(piece, 2))
-                strip = _look_up(index, place, beyond if inside is None else arith.andi(beyond, inside))
+                there = beyond if inside is None else arith.andi(beyond, inside)
+                strip = _look_up(_element(index, None, place), there)
                 # A strip is two pieces.
                 before = arith.subi(arith.muli(strip, constant(16)), arith.muli(_div(piece, 2), constant(16)))
                 column = arith.select(beyond, before, column)
@@ -397,9 +429,10 @@ class _Copies:
             llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, code, constraint, has_side_effects=True)
 
 
-def _look_up(index: Ref, place: Value, live: Value) -> Value:
+def _look_up(address: Value, live: Value) -> Value:
+    """A word of global memory, or 0."""
     code = "{ mov.u32 $0, 0;\n@$2 ld.global.nc.u32 $0, [$1]; }"
-    return llvm.inline_asm(i32(), [_element(index, None, place), live], code, "=r,l,b", has_side_effects=True)
+    return llvm.inline_asm(i32(), [address, live], code, "=r,l,b", has_side_effects=True)
 
 
 def load(address: Value, words: int) -> list[Value]:

@@ -8,9 +8,9 @@ A block takes n outputs, 64 of each warpgroup at a time, and walks along the inp
     decode     W^ [64, 64]                             a strip of 16 inputs in each thread of a quad, in registers
     multiply   Z^T [64, M] += W^ [64, 64] X^T [64, M]  while other warpgroups decode
 
-wgmma wants input 2 c + e + 8 p of a stretch of 64 in thread c of a quad, and what thread c has is input 2 p + e of strip
-c: which inputs a product sums over is free, as long as both operands agree, so XLA gives x that order (`in_order`), and
-takes the strips of the tail along.
+Thread c of a quad has strip c of four, and for wgmma that is columns 2 c, 2 c + 1, 2 c + 8, ... of a stretch of 64. Which
+inputs a product sums over is free, as long as both operands agree: another warpgroup, which asks for all copies, brings
+rows of x into that order (`ring.take_rows_in_order`), and looks up which strips those of the tail are.
 
 Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, sections 2 and 3.
 """
@@ -36,19 +36,6 @@ Ref = Any
 BLOCKS = TILE // 16  # of 16 outputs, in a tile
 
 
-def in_order(x: jax.Array, strips: int, tail_index: jax.Array | None) -> jax.Array:
-    """Rows of x [M, K] as products take them, [M', 16 S]: M' is a multiple of 8, and of each 64 inputs the pair 2 p, 2 p +
-    1 of strip c is at 8 p + 2 c. `strips` of x, padded, and behind them those of `tail_index`."""
-    M, K = x.shape
-    pairs = lax.bitcast_convert_type(x.reshape(M, K // 2, 2), jnp.uint32)
-    pairs = jnp.pad(pairs, ((0, -M % 8), (0, 8 * strips - K // 2))).reshape(-1, strips, 8)
-    if tail_index is not None:
-        pairs = jnp.concatenate([pairs, pairs[:, tail_index]], axis=1)
-    rows = pairs.shape[0]
-    pairs = pairs.reshape(rows, -1, 4, 8).swapaxes(2, 3).reshape(rows, -1)
-    return lax.bitcast_convert_type(pairs, x.dtype).reshape(rows, -1)
-
-
 # --- Kinds of weights ----------------------------------------------------------------------------------------
 
 
@@ -64,7 +51,11 @@ class _Digits:
         self.arrays = [array for p in planes for array in (p.words, p.stats, p.steps)]
         self.mains = weight.main.steps.shape[1] // 16
         self.chunks = sum(p.steps.shape[1] for p in planes) // 16
-        self.index = weight.tail_index if len(planes) > 1 else None
+        if len(planes) > 1:
+            self.arrays.append(weight.tail_index)
+
+    def index_of(self, arrays: Sequence[Ref]) -> Ref | None:
+        return arrays[6] if len(arrays) > 6 else None
 
     def memory(self, blocks: int) -> list[tuple[tuple[int, ...], Any]]:
         dtypes = (jnp.uint32, jnp.uint32, jnp.bfloat16)
@@ -82,11 +73,11 @@ class _Digits:
             for i, (array, width) in enumerate(zip(arrays, self.widths, strict=True)):
                 start(i, array.at[pl.ds(block, blocks), pl.ds(chunk * width, width)])
 
-        if self.index is None:
+        if self.index_of(arrays) is None:
             pieces(arrays, chunk)
             return
         pl.when(chunk < self.mains)(lambda: pieces(arrays[:3], chunk))
-        pl.when(chunk >= self.mains)(lambda: pieces(arrays[3:], chunk - self.mains))
+        pl.when(chunk >= self.mains)(lambda: pieces(arrays[3:6], chunk - self.mains))
 
     def take(self, slot: Sequence[Ref], first: Any) -> tuple[jax.Array, ...]:
         """Of the tile that begins with block `first` of a slot, in registers."""
@@ -100,13 +91,16 @@ class _Codes:
     """One plane of symmetric codes of 4 or 8 bits. A group is a few whole chunks."""
 
     def __init__(self, weight: IntWeight):
-        self.bits, self.index = weight.bits, None
+        self.bits = weight.bits
         self.grouped = weight.group_size is not None
         self.arrays = [weight.words, *([weight.scale] if self.grouped else [])]
-        self.chunks = weight.words.shape[1] // 256
+        self.chunks = self.mains = weight.words.shape[1] // 256
         self.per_group = max((weight.group_size or weight.shape[0]) // chunk_inputs(weight.bits), 1)
         self.groups = len(weight.scale)
         self.unit = lanes.TINY * lanes.LARGE if self.grouped and self.bits == 4 else 1
+
+    def index_of(self, arrays: Sequence[Ref]) -> None:
+        return None
 
     def memory(self, blocks: int) -> list[tuple[tuple[int, ...], Any]]:
         return [((blocks, 256), jnp.uint32), *([((16 * blocks,), jnp.bfloat16)] if self.grouped else [])]
@@ -142,9 +136,7 @@ def outputs(
     (M, K), N, parts = x.shape, weight.shape[1], parts_of(activation)
     groups, tiles, stages, splits = config.warpgroups, config.tiles, config.stages, min(config.num_splits, at.chunks)
     O, inputs, n = N // parts, chunk_inputs(weight.bits if isinstance(weight, IntWeight) else 2), TILE * groups * tiles
-    mains = at.chunks if at.index is None else at.mains
-    rows = in_order(x, mains * inputs // 16, at.index)
-    padded, blocks, per_part = len(rows), -(-O // n), BLOCKS * groups * tiles
+    padded, blocks, per_part = M + -M % 8, -(-O // n), BLOCKS * groups * tiles
     # Copies leave alone what is not there, in whole tiles. The rest is cut off afterwards.
     columns = O if O % TILE == 0 else blocks * n
 
@@ -163,16 +155,19 @@ def outputs(
             @pl.loop(0, count)
             def _(step):
                 slot = lax.rem(step, stages)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
                 chunk = begin + lax.rem(step + block, count)
-                plgpu.copy_gmem_to_smem(x_gmem.at[:, pl.ds(chunk * inputs, inputs)], x_slots.at[slot], full.at[slot])
+                rows = ring.take_rows_in_order(x_gmem, at.index_of(gmem), chunk, padded, inputs, at.mains)
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 for part in range(parts):
 
                     def piece(i: int, source: Ref, *within: Any, part: int = part) -> None:
                         plgpu.copy_gmem_to_smem(source, slots[i].at[slot, part, *within], full.at[slot])
 
                     at.copy(gmem, chunk, lax.div(part * O, 16) + block * per_part, per_part, piece)
+                x_slots[slot] = rows
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(full.at[slot])
 
         def multiply(*sums: Ref) -> list[jax.Array]:
             @pl.loop(0, count)
@@ -208,40 +203,38 @@ def outputs(
             here = pl.ds(zero * 8, padded), pl.ds(output, TILE)
             pl.when(output < columns)(lambda: plgpu.copy_smem_to_gmem(out_smem.at[number], out_gmem.at[here]))
 
-        accumulators: Any = [plgpu.ACC((TILE, padded), jnp.float32)] * (parts * tiles)  # type: ignore[attr-defined]
-        pl.when(me == groups)(copy)
-        if splits == 1:
+        @pl.when(me == groups)
+        def _():
+            copy()
+            for _ in range(2 if splits > 1 else 0):
+                cluster.sync()
 
-            @pl.when(me < groups)
-            def _():
-                sums = pl.run_scoped(multiply, *accumulators)
-                for tile in range(tiles):
-                    finish(tile, sums[tile::tiles])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            return
-
-        # Blocks of a cluster leave what they have, where their slots were; each adds some tiles up, in order.
         @pl.when(me < groups)
         def _():
+            accumulators: Any = [plgpu.ACC((TILE, padded), jnp.float32)] * (parts * tiles)  # type: ignore
             sums = pl.run_scoped(multiply, *accumulators)
-            plgpu.barrier_arrive(done)
-            plgpu.barrier_wait(done)
-            for i, z in enumerate(sums):
-                partial[me, i] = z
+            if splits > 1:
+                # Blocks of a cluster leave what they have, where their slots were; each adds some tiles up, in order.
+                plgpu.barrier_arrive(done)
+                plgpu.barrier_wait(done)
+                for i, z in enumerate(sums):
+                    partial[me, i] = z
+                cluster.sync()
 
-        cluster.sync()
+            def total(i: int) -> jax.Array:
+                def add(z: jax.Array, away: int) -> jax.Array:
+                    peer = lax.rem(split + away, splits)
+                    return z + cluster.load(partial.at[me, i], peer, plgpu.Layout.WGMMA)
 
-        def total(i: int) -> jax.Array:
-            read = [cluster.load(partial.at[me, i], peer, plgpu.Layout.WGMMA) for peer in range(splits)]
-            return functools.reduce(jnp.add, read)
+                return functools.reduce(add, range(1, splits), sums[i])
 
-        for tile in range(tiles):
-            of_parts = range(tile, parts * tiles, tiles)
-            mine = (me < groups) & (lax.rem(me * tiles + tile, splits) == split)
-            pl.when(mine)(lambda tile=tile, those=of_parts: finish(tile, [total(i) for i in those]))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        cluster.sync()  # no block is gone while others read from it
+            for tile in range(tiles):
+                mine = lax.rem(me * tiles + tile, splits) == split if splits > 1 else me >= 0
+                of_parts = range(tile, parts * tiles, tiles)
+                pl.when(mine)(lambda tile=tile, those=of_parts: finish(tile, [total(i) for i in those]))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if splits > 1:
+                cluster.sync()  # no block is gone while others read from it
 
     kernel.__name__ = f"quantized_matmul_sm90_{type(at).__name__.strip('_').lower()}"
     pieces = at.memory(per_part)
@@ -271,7 +264,7 @@ def outputs(
             transcendentals=M * O if activation else 0,
             bytes_accessed=weight.nbytes + 2 * M * (K + O),
         ),
-    )(rows, *per_output.values(), *at.arrays)
+    )(x, *per_output.values(), *at.arrays)
     return out[:, :O]
 
 

@@ -156,6 +156,16 @@ def take_rows(ring, x, chunk, index=None, *, rows, stretches):
     return np.where(inputs < x.shape[1], read, 0).astype(x.dtype)
 
 
+def take_rows_in_order(x, chunk, index=None, *, rows, inputs, mains):
+    """`ring.take_rows_in_order`: pairs of a strip come where wgmma reads those of a thread."""
+    strips = inputs // 16 * chunk + np.arange(inputs // 16)
+    if index is not None and chunk >= mains:
+        strips = index[16 * (chunk - mains) + np.arange(16)]
+    places = (16 * strips[:, None] + np.arange(16)).reshape(-1, 4, 8, 2).swapaxes(1, 2).ravel()
+    read = np.where(places < x.shape[1], x[:, np.minimum(places, x.shape[1] - 1)], 0)
+    return np.pad(read, ((0, rows - len(x)), (0, 0))).astype(x.dtype)
+
+
 def _words(words, warp: int, count: int) -> list[list[np.ndarray]]:
     """[output g or g + 8][count adjacent words of thread c]."""
     return [[words[16 * warp + GROUP + 8 * output, count * QUAD + i] for i in range(count)] for output in range(2)]
@@ -209,6 +219,11 @@ STAND_INS = {
     "quantized_stretch": _stand_in(lambda its, *arrays: [stretch(*arrays, j=its["j"], bits=its["bits"])]),
     "quantized_take_digits": _stand_in(lambda its, *arrays: take_digits(*arrays)),
     "quantized_take_codes": _stand_in(lambda its, *arrays: take_codes(*arrays)),
+    "quantized_take_rows_in_order": _stand_in(
+        lambda its, *arrays: [
+            take_rows_in_order(*arrays, rows=its["rows"], inputs=its["inputs"], mains=its["mains"])
+        ]
+    ),
     "quantized_take": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)),
     "quantized_take_rows": _stand_in(
         lambda its, slots, slot, *arrays: [
