@@ -139,11 +139,13 @@ def random_decoder(config: LlamaConfig, dtype: jnp.dtype, scheme: Any = None) ->
         # Layers may have the same numbers but not the same memory, which would be in the cache.
         return weight(N, K) if scheme is None else jax.tree.map(jnp.copy, packed(N, K))
 
+    def norm_apart() -> jax.Array | None:
+        return None if scheme is None else jnp.ones((D,), dtype)
+
     def bias(size: int, there: bool) -> jax.Array | None:
         return jnp.zeros((size,), dtype) if there else None
 
     norm = jnp.ones((H,), dtype) if config.qk_norm else None
-    apart = None if scheme is None else jnp.ones((D,), dtype)
     layers = [
         LayerWeights(
             qkv=matrix((N + 2 * K) * H, D),
@@ -154,8 +156,8 @@ def random_decoder(config: LlamaConfig, dtype: jnp.dtype, scheme: Any = None) ->
             out_bias=bias(D, config.attention_output_bias),
             gate_up=matrix(2 * F, D),
             down=matrix(D, F),
-            attention_norm=apart,
-            mlp_norm=apart,
+            attention_norm=norm_apart(),
+            mlp_norm=norm_apart(),
         )
         for _ in range(config.num_layers)
     ]

@@ -49,21 +49,32 @@ ROWS = _tiled(((8, 64), (8, 16), (8,)), (_EVERY_WARP,), (-3, -4))
 SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)
 
 
-def strips(
-    sums: list[jax.Array], words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array, stretches: range
-) -> list[jax.Array]:
-    """Adds strips of a chunk to sums [64, 8 m]: `lanes.strips` of every thread. words [64, 16], stats [64, 4], steps
-    [4, 16], x [8 m, 64 j] in ROWS: of j stretches of 64 inputs."""
+def scales(stats: jax.Array, steps: jax.Array) -> list[jax.Array]:
+    """`lanes.scales` of every thread, of stats [64, 4] and steps [4, 16]: for each of two pairs of strips [64, 16], a
+    thread's four words of an output side by side."""
 
-    def quantized_strips(_, sums, words, stats, steps, x):
+    def quantized_scales(_, stats, steps):
         (both,) = steps.registers.flat
-        of_outputs = [_words_of(r) for r in words.registers.flat], [_words_of(r)[0] for r in stats.registers.flat]
+        pairs = lanes.scales(_Ptx(), [_words_of(r)[0] for r in stats.registers.flat], _words_of(both))
+        return [array(WORDS, (64, 16), jnp.uint32, of_outputs) for of_outputs in pairs]
+
+    return inline(quantized_scales, (STATS, STEPS), [result(WORDS, (64, 16), jnp.uint32)] * 2, stats, steps)
+
+
+def strips(
+    sums: list[jax.Array], words: jax.Array, scales: list[jax.Array], x: jax.Array, stretches: range
+) -> list[jax.Array]:
+    """Adds strips of a chunk to sums [64, 8 m]: `lanes.strips` of every thread. words [64, 16], scales as `scales`
+    returns them, x [8 m, 64 j] in ROWS: of j stretches of 64 inputs."""
+
+    def quantized_strips(_, sums, words, scales, x):
+        words, *scales = ([_words_of(r) for r in one.registers.flat] for one in (words, *scales))
         parts = [_sums_of(s) for s in sums]
-        parts = lanes.strips(_Ptx(), parts, *of_outputs, _words_of(both), _rows_of(x), stretches)
+        parts = lanes.strips(_Ptx(), parts, words, scales, _rows_of(x), stretches)
         return [_with_sums(s, part) for s, part in zip(sums, parts, strict=True)]
 
-    types = ([SUMS] * len(sums), WORDS, STATS, STEPS, ROWS)
-    return inline(quantized_strips, types, [_like(s) for s in sums], sums, words, stats, steps, x)
+    types = ([SUMS] * len(sums), WORDS, [WORDS] * 2, ROWS)
+    return inline(quantized_strips, types, [_like(s) for s in sums], sums, words, scales, x)
 
 
 def integers(total: jax.Array, words: jax.Array, scale: jax.Array | None, x: jax.Array, bits: int) -> jax.Array:

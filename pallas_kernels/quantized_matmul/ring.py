@@ -3,16 +3,17 @@
 
     start(chunk + stages - 1)        128 threads copy pieces of 16 bytes, past the L1: cp.async
     wait, barrier                    of what all have copied
-    take(chunk)                      each thread reads its own, in the layouts of ptx.py
+    take_...(chunk)                  each thread reads its own, in the layouts of ptx.py
 
 A slot, of T tiles of 64 outputs and M rows of x; "scales" are stats and steps, or those of groups:
 
     words   [T, 64, 16] words        two rows are all banks
-    scales  stats [T, 64, 4] words and steps [T, 4, 16]; or [T, 64]
+    scales  stats [T, 64, 4] words and steps [T, 4, 16]; or [T, 64]; of the same chunk, or of that of the next step
     x       [M, inputs + 8]          8 more, so that the rows of two threads side by side are in other banks
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -87,58 +88,85 @@ class Ring:
         return self.x_at + self.shares * self.rows * self.pitch
 
     def start(
-        self, slots: Ref, slot: Any, arrays: Sequence[Ref], x: Ref, outputs: Sequence[Any], chunk: Any, left: Any
+        self,
+        slots: Ref,
+        slot: Any,
+        arrays: Sequence[Ref],
+        x: Ref,
+        outputs: Sequence[Any],
+        chunk: Any,
+        scales_of: Any,
+        left: Any,
     ) -> None:
-        """Copies chunks from `chunk` on of tiles that begin at `outputs`; nothing if no step is left. Each call is a
-        group to wait for. `arrays`: as `_Digits.arrays` and `_Codes.arrays` say."""
+        """Copies chunks from `chunk` on, scales from chunk `scales_of` on, of tiles that begin at `outputs`; nothing if
+        no step is left. Each call is a group to wait for. `arrays`: as `_Digits.arrays` and `_Codes.arrays` say."""
         ring = self
 
-        def quantized_start(_, slots, slot, arrays, x, outputs, chunk, left):
-            copies = _Copies(ring, slots, slot.registers[()], chunk.registers[()], left.registers[()])
+        def quantized_start(_, slots, slot, arrays, x, outputs, chunk, scales_of, left):
+            live = arith.cmpi(arith.CmpIPredicate.sgt, left.registers[()], constant(0))
+            copies = _Copies(ring, slots, slot.registers[()], chunk.registers[()], live)
+            of_scales = dataclasses.replace(copies, chunk=scales_of.registers[()])
             for tile, output in enumerate(outputs):
-                copies.weight(arrays, tile, output.registers[()])
+                copies.words(arrays, tile, output.registers[()])
+                of_scales.scales(arrays, tile, output.registers[()])
             copies.x(x, arrays[6] if len(arrays) > 6 else None)
             mgpu.utils.inline_ptx("cp.async.commit_group;")
 
-        types = (_REF, _NUMBER, [_REF] * len(arrays), _REF, [_NUMBER] * len(outputs), _NUMBER, _NUMBER)
-        inline(quantized_start, types, (), slots, slot, list(arrays), x, list(outputs), chunk, left)
+        types = (_REF, _NUMBER, [_REF] * len(arrays), _REF, [_NUMBER] * len(outputs), _NUMBER, _NUMBER, _NUMBER)
+        inline(quantized_start, types, (), slots, slot, list(arrays), x, list(outputs), chunk, scales_of, left)
 
-    def take(
-        self, slots: Ref, slot: Any, arrays: Sequence[Ref], tile: int, output: Any, chunk: Any
-    ) -> tuple[jax.Array, ...]:
-        """Of a tile: words [64, 16], stats [64, 4] and steps [4, 16]; or words and scales [64, 4], the same four times,
-        if there are any."""
+    def start_scales(self, slots: Ref, slot: Any, arrays: Sequence[Ref], outputs: Sequence[Any], chunk: Any) -> None:
+        """The same of scales alone."""
         ring = self
 
-        def quantized_take(_, slots, slot, arrays, output, chunk):
-            del output, chunk  # for those who execute it without slots
-            at, thread = _slot(ring, slots, slot.registers[()]), _Thread.own()
-            words, scales = at + tile * _WORDS, at + (ring.scales_at + tile * (_STATS + _STEPS))
-            taken = [
-                array(
-                    WORDS, (64, 16), jnp.uint32, [_read(words.to(64, row, 16, thread.c), 4) for row in thread.outputs]
-                )
-            ]
-            if not ring.per_group:
-                stats = [_read(scales.to(16, row, 4, thread.c), 1) for row in thread.outputs]
-                steps = _read((scales + _STATS).to(32, thread.warp, 8, thread.c), 2)
-                return (
-                    *taken,
-                    array(STATS, (64, 4), jnp.uint32, stats),
-                    array(STEPS, (4, 16), jnp.bfloat16, [steps]),
-                )
-            if len(arrays) == 1:
-                return taken
-            scales = at + (ring.scales_at + tile * _SCALES)
-            factors = [_read_bfloat16(scales.to(2, row)) for row in thread.outputs]
-            return [*taken, array(STATS, (64, 4), jnp.float32, factors)]
+        def quantized_start_scales(_, slots, slot, arrays, outputs, chunk):
+            always = arith.constant(ir.IntegerType.get_signless(1), 1)
+            copies = _Copies(ring, slots, slot.registers[()], chunk.registers[()], always)
+            for tile, output in enumerate(outputs):
+                copies.scales(arrays, tile, output.registers[()])
+            mgpu.utils.inline_ptx("cp.async.commit_group;")
+
+        types = (_REF, _NUMBER, [_REF] * len(arrays), [_NUMBER] * len(outputs), _NUMBER)
+        inline(quantized_start_scales, types, (), slots, slot, list(arrays), list(outputs), chunk)
+
+    def take_words(self, slots: Ref, slot: Any, arrays: Sequence[Ref], tile: int, output: Any, chunk: Any) -> jax.Array:
+        """Of a tile, [64, 16]."""
+        ring = self
+
+        def quantized_take_words(_, slots, slot, arrays, output, chunk):
+            del arrays, output, chunk  # for those who execute it without slots
+            words, thread = _slot(ring, slots, slot.registers[()]) + tile * _WORDS, _Thread.own()
+            read = [_read(words.to(64, row, 16, thread.c), 4) for row in thread.outputs]
+            return array(WORDS, (64, 16), jnp.uint32, read)
 
         types = (_REF, _NUMBER, [_REF] * len(arrays), _NUMBER, _NUMBER)
-        kinds = [result(WORDS, (64, 16), "uint32"), result(STATS, (64, 4), "float32")][: len(arrays)]
+        kind = result(WORDS, (64, 16), "uint32")
+        return inline(quantized_take_words, types, kind, slots, slot, list(arrays), output, chunk)
+
+    def take_scales(
+        self, slots: Ref, slot: Any, arrays: Sequence[Ref], tile: int, output: Any, chunk: Any
+    ) -> list[jax.Array]:
+        """Of a tile: stats [64, 4] and steps [4, 16], or scales [64, 4], the same four times, if there are any."""
+        ring = self
+
+        def quantized_take_scales(_, slots, slot, arrays, output, chunk):
+            del arrays, output, chunk  # as in `take_words`
+            at, thread = _slot(ring, slots, slot.registers[()]) + ring.scales_at, _Thread.own()
+            if ring.per_group:
+                factors = [_read_bfloat16((at + tile * _SCALES).to(2, row)) for row in thread.outputs]
+                return [array(STATS, (64, 4), jnp.float32, factors)]
+            at += tile * (_STATS + _STEPS)
+            stats = [_read(at.to(16, row, 4, thread.c), 1) for row in thread.outputs]
+            steps = _read((at + _STATS).to(32, thread.warp, 8, thread.c), 2)
+            return [array(STATS, (64, 4), jnp.uint32, stats), array(STEPS, (4, 16), jnp.bfloat16, [steps])]
+
+        if len(arrays) == 1:
+            return []
+        types = (_REF, _NUMBER, [_REF] * len(arrays), _NUMBER, _NUMBER)
+        kinds = [result(STATS, (64, 4), "float32")]
         if not self.per_group:
-            stats, steps = result(STATS, (64, 4), "uint32"), result(STEPS, (4, 16), "bfloat16")
-            kinds = [kinds[0], stats, steps]
-        return inline(quantized_take, types, kinds, slots, slot, list(arrays), output, chunk)
+            kinds = [result(STATS, (64, 4), "uint32"), result(STEPS, (4, 16), "bfloat16")]
+        return inline(quantized_take_scales, types, kinds, slots, slot, list(arrays), output, chunk)
 
     def take_rows(
         self, slots: Ref, slot: Any, x: Ref, index: Ref | None, chunk: Any, rows: int, stretches: range
@@ -147,7 +175,7 @@ class Ring:
         ring = self
 
         def quantized_take_rows(_, slots, slot, x, chunk, index=None):
-            del x, chunk, index  # as in `take`
+            del x, chunk, index  # as in `take_words`
             at, thread, read = _slot(ring, slots, slot.registers[()]) + ring.x_at, _Thread.own(), []
             share = _div(thread.warp, 4 // ring.shares)
             for tile in range(rows // 8):
@@ -249,25 +277,37 @@ def _slot(ring: Ring, slots: Ref, slot: Value) -> _Address:
     return _Address(arith.addi(base, arith.muli(slot, constant(ring.nbytes))))
 
 
+@dataclasses.dataclass(frozen=True)
 class _Copies:
-    """Of one step to one slot. Addresses are sums of what belongs to a thread, which is computed once, and of the chunk
-    times a number."""
+    """From chunk `chunk` on to a slot, if it is `live`. Addresses are sums of what belongs to a thread, which is
+    computed once, and of the chunk times a number."""
 
-    def __init__(self, ring: Ring, slots: Ref, slot: Value, chunk: Value, left: Value):
-        self.ring, self.at, self.chunk, self.thread = ring, _slot(ring, slots, slot), chunk, _Thread.own()
-        self.live = arith.cmpi(arith.CmpIPredicate.sgt, left, constant(0))
+    ring: Ring
+    slots: Ref
+    slot: Value
+    chunk: Value
+    live: Value
 
-    def weight(self, arrays: Sequence[Ref], tile: int, output: Value) -> None:
-        words, scales = self.at + tile * _WORDS, self.at + (self.ring.scales_at + tile * (_STATS + _STEPS))
+    @functools.cached_property
+    def at(self) -> "_Address":
+        return _slot(self.ring, self.slots, self.slot)
+
+    @functools.cached_property
+    def thread(self) -> "_Thread":
+        return _Thread.own()
+
+    def words(self, arrays: Sequence[Ref], tile: int, output: Value) -> None:
+        self._blocks_of(arrays, 0, output, 256, self.at + tile * _WORDS)
+
+    def scales(self, arrays: Sequence[Ref], tile: int, output: Value) -> None:
+        at = self.at + self.ring.scales_at
         if not self.ring.per_group:
-            self._blocks_of(arrays, 0, output, 256, words)
-            self._blocks_of(arrays, 1, output, 64, scales)
-            self._blocks_of(arrays, 2, output, 16, scales + _STATS)
-            return
-        self._blocks_of(arrays, 0, output, 256, words)
-        if len(arrays) > 1:
+            at += tile * (_STATS + _STEPS)
+            self._blocks_of(arrays, 1, output, 64, at)
+            self._blocks_of(arrays, 2, output, 16, at + _STATS)
+        elif len(arrays) > 1:
             groups, columns = _shape(arrays[1])
-            scales, per_share = self.at + (self.ring.scales_at + tile * _SCALES), 8 // self.ring.shares
+            at, per_share = at + tile * _SCALES, 8 // self.ring.shares
 
             def source(i: Value) -> tuple[Value, Value | None]:
                 share, piece = _div(i, per_share), _rem(i, per_share)
@@ -276,7 +316,7 @@ class _Copies:
                 column = arith.minsi(arith.addi(output, arith.muli(piece, constant(8))), constant(columns - 8))
                 return _element(arrays[1], group, column), self._inside(share)
 
-            self._pieces(8, source, lambda i: scales.to(PIECE, i))
+            self._pieces(8, source, lambda i: at.to(PIECE, i))
 
     def x(self, x: Ref, index: Ref | None) -> None:
         (M, K), inputs = _shape(x), self.ring.inputs

@@ -64,12 +64,22 @@ def words(halves: np.ndarray) -> np.ndarray:
     return parts[..., 0, :] | parts[..., 1, :] << np.uint32(16)
 
 
-def strips(sums, words, stats, steps, x, *, stretches):
+def scales(stats, steps):
+    """`ptx.scales` by the threads of four warps."""
+    pairs = np.empty((2, 64, 16), np.uint32)
+    for warp in range(4):
+        pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
+        computed = lanes.scales(Threads(), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)])
+        for p, output, i in np.ndindex(2, 2, 4):
+            pairs[p, 16 * warp + GROUP + 8 * output, 4 * QUAD + i] = computed[p][output][i]
+    return list(pairs)
+
+
+def strips(sums, words, scales, x, *, stretches):
     """`ptx.strips` by the threads of four warps."""
     of_threads = [[[_sums(s, warp, m) for m in range(0, s.shape[1], 8)] for s in sums] for warp in range(4)]
     for warp, parts in enumerate(of_threads):
-        pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
-        own = _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
+        own = _words(words, warp, 4), [_words(one, warp, 4) for one in scales]
         of_threads[warp] = lanes.strips(Threads(), parts, *own, _rows(x), stretches)
     return [_array(s, [parts[i] for parts in of_threads]) for i, s in enumerate(sums)]
 
@@ -91,7 +101,7 @@ def integers(total, words, x, scale=None, *, bits):
 
 
 def take(ring, arrays, output, chunk):
-    """`Ring.take`, from where the ring copies it."""
+    """Words and scales of `Ring.take_words` and `Ring.take_scales`, from where the ring copies them."""
     blocks = np.minimum(output // 16 + np.arange(4), len(arrays[0]) - 1)
     rows = (16 * blocks[:, None] + np.arange(16)).ravel()
     if ring.per_group:
@@ -164,13 +174,15 @@ def _stand_in(function):
 
 # For `interpreters.mosaic_gpu`: of constants that an inline function closes over, and arrays.
 STAND_INS = {
+    "quantized_scales": _stand_in(lambda its, *arrays: scales(*arrays)),
     "quantized_strips": _stand_in(lambda its, *arrays: strips(*arrays, stretches=its["stretches"])),
     "quantized_integers": _stand_in(lambda its, *arrays: [integers(*arrays, bits=its["bits"])]),
-    "quantized_take": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)),
+    "quantized_take_words": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)[:1]),
+    "quantized_take_scales": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)[1:]),
     "quantized_take_rows": _stand_in(
         lambda its, slots, slot, *arrays: [
             take_rows(its["ring"], *arrays, rows=its["rows"], stretches=its["stretches"])
         ]
     ),
-    **dict.fromkeys(("quantized_start", "quantized_wait"), lambda equation, *values: []),
+    **dict.fromkeys(("quantized_start", "quantized_start_scales", "quantized_wait"), lambda equation, *values: []),
 }
