@@ -8,10 +8,11 @@ Weights of 2 and 4 bits, the kernel and configuration that "auto" takes, but for
 
 Each is checked before it is timed. Beside it stands what it takes with parts of its arithmetic left out, kernels whose
 results mean nothing: without the arithmetic of scales, codes are taken for them; without decoding, words are multiplied
-as they are. Copies, reads of shared memory and products stay, so that what a call gets shorter is the part's share of
-its time, as far as nothing else hides it. Appends to benchmarks/results/<device>_quantized_ablation.csv.
+as they are. Copies, reads of words and x from shared memory, and products stay, so that what a call gets shorter is the
+part's share of its time, as far as nothing else hides it. A loop of what is left may be unrolled. Appends to
+benchmarks/results/<device>_quantized_ablation.csv.
 
-Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, section 2.5 and its ablation.
+Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, asynchronous dequantization.
 """
 
 import argparse
