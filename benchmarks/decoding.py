@@ -3,6 +3,7 @@
 
     python -m benchmarks.decoding --preset=llama2_7b --batch=1,2,4,8 --prompt=128,1024,8192
     python -m benchmarks.decoding --preset=llama2_7b --batch=1,8 --prompt=1024 --variants=ablation,huggingface
+    python -m benchmarks.decoding --preset=llama2_7b --prompt=128,1024 --variants=auto,mixed_2_4,int4,int8
 
 Weights, tokens and caches are random: none changes the time, and no prompt need be read. A step is a 32nd of what
 `models.decode_loop.decode` takes for a chunk, wall clock. Variants, in the order in which FlashDecoding++ adds them:
@@ -11,10 +12,12 @@ Weights, tokens and caches are random: none changes the time, and no prompt need
     A             asynchronous softmax
     A+B           and all products by the flat GEMM on tensor cores (route B)
     auto          and each product by the route that was measured as the fastest (A+B+C)
+    mixed_2_4, ...  "auto" with the weights of the layers in few bits, any scheme of `quantize`; embedding and output
+                  projection stay as they are
     huggingface   transformers' generate, eager, SDPA, its default cache; needs PyTorch on the same GPU
 
-Beside a figure stands the part of the read bandwidth that weights, keys and values alone take. Appends to
-benchmarks/results/<device>_models.csv.
+Beside a figure stands the part of the read bandwidth that weights, keys and values alone take: those of the variant,
+so that fewer bits are no larger part. Appends to benchmarks/results/<device>_models.csv.
 """
 
 import argparse
@@ -36,18 +39,41 @@ from benchmarks import rows, timing
 from benchmarks.rows import ModelRow, number
 from models import decode_loop
 from models.cache import KVCache
+from models.compress import SCHEMES, summary
 from models.decode_loop import CHUNK, Settings, State
-from models.decoder import Decoder, LayerWeights
+from models.decoder import Decoder, LayerWeights, Matrix
 from models.llama import LlamaConfig
 from models.presets import PRESETS, preset
 from models.sampling import Sampling
 from pallas_kernels import UnifiedMax
 from pallas_kernels.core import device as device_lib
 from pallas_kernels.flat_gemm import routes
+from pallas_kernels.quantized_matmul.shapes import Shape
+from pallas_kernels.quantized_matmul.weights import Weight
 
 ABLATION = ("baseline", "A", "A+B", "auto")
-VARIANTS = (*ABLATION, "huggingface")
+VARIANTS = (*ABLATION, *SCHEMES, "huggingface")
+Point = tuple[int, int]  # batch, prompt
 READ_BANDWIDTH = {"sm90": 3.05e12}  # bytes a second that a large read takes on an H100
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step that was measured, and the least bytes that it reads: weights, and the keys and values of each row."""
+
+    time: timing.Timing
+    nbytes: int
+
+    @classmethod
+    def of(cls, decoder: Decoder, point: Point, time: timing.Timing) -> "Step":
+        """`decoder` may have shapes in place of arrays."""
+        batch, prompt = point
+        return cls(time, decoder.weight_bytes + batch * decoder.attention_bytes(prompt + CHUNK // 2))
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second."""
+        return self.nbytes / self.time.median
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,26 +84,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{options.preset}: {config.num_parameters / 1e6:.0f} million parameters on {device_lib.current()}", flush=True
     )
     points = [(batch, prompt) for prompt in options.prompt for batch in options.batch]
-    steps: dict[tuple[int, int], dict[str, timing.Timing]] = {point: {} for point in points}
-    ours = [name for name in options.variants if name != "huggingface"]
-    least = _LeastBytes(config, dtype)
-    if ours:
-        decoder = random_decoder(config, dtype)
-        for point in points:
-            for name in ours:
-                with _taking(name):
-                    steps[point][name] = time_step(as_variant(decoder, name), *point, repeats=options.repeats)
-                _print(name, point, steps[point][name], least)
-        del decoder
+    steps: dict[Point, dict[str, Step]] = {point: {} for point in points}
+    for scheme, names in _by_weights(options.variants):
+        decoder = random_decoder(config, dtype, scheme)
+        memory = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
+        print(f"  {scheme or dtype.name}: {memory / 1e9:.2f} GB of weights; {summary(decoder)}", flush=True)
+        for name in names:
+            variant = as_variant(decoder, name)
+            with _taking(name):
+                for point in points:
+                    measured = time_step(variant, *point, repeats=options.repeats)
+                    steps[point][name] = Step.of(variant, point, measured)
+                    _print(name, point, steps[point][name])
+        del decoder, variant
     if "huggingface" in options.variants:
-        for point, step in huggingface_steps(config, points):
-            steps[point]["huggingface"] = step
-            _print("huggingface", point, step, least)
+        ours = jax.eval_shape(lambda: random_decoder(config, dtype))
+        for point, measured in huggingface_steps(config, points):
+            steps[point]["huggingface"] = Step.of(ours, point, measured)
+            _print("huggingface", point, steps[point]["huggingface"])
     for (batch, prompt), measured in steps.items():
-        if (theirs := measured.get("huggingface")) and (best := measured.get("auto")):
-            print(f"  {batch} x {prompt}: {theirs.median / best.median:.2f} x huggingface")
+        for name, one in measured.items():
+            if name in SCHEMES and (auto := measured.get("auto")):
+                print(f"  {batch} x {prompt}: {name} is {auto.time.median / one.time.median:.2f} x auto")
+            if name == "auto" and (theirs := measured.get("huggingface")):
+                print(f"  {batch} x {prompt}: auto is {theirs.time.median / one.time.median:.2f} x huggingface")
     shared = {"model": options.preset, "phase": "decode_step", "dtype": dtype.name, "remat": "", **rows.environment()}
-    rows.append(out, [_row(shared, name, p, t, least) for p, measured in steps.items() for name, t in measured.items()])
+    rows.append(out, [_row(shared, name, point, step) for point, of in steps.items() for name, step in of.items()])
     print(f"Appended to {out}.")
     return 0
 
@@ -85,8 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 # --- Ours ----------------------------------------------------------------------------------------------------
 
 
-def random_decoder(config: LlamaConfig, dtype: jnp.dtype) -> Decoder:
-    """A decoder whose activations keep their size."""
+def random_decoder(config: LlamaConfig, dtype: jnp.dtype, scheme: Any = None) -> Decoder:
+    """A decoder whose activations keep their size. With a scheme of `quantize` the weights of its layers are of that
+    kind, with norms apart as models/compress.py makes them."""
     D, N, K, H, F, V = (
         getattr(config, name) for name in ("d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", "vocab_size")
     )
@@ -98,20 +131,33 @@ def random_decoder(config: LlamaConfig, dtype: jnp.dtype) -> Decoder:
     def weight(*shape: int) -> jax.Array:
         return draw(next(keys), shape)
 
+    @functools.cache
+    def packed(N: int, K: int) -> Weight:
+        return Shape(1, N, K, scheme).make(dtype, jax.random.key(0))["weight"]
+
+    def matrix(N: int, K: int) -> Matrix:
+        # Layers may have the same numbers but not the same memory, which would be in the cache.
+        return weight(N, K) if scheme is None else jax.tree.map(jnp.copy, packed(N, K))
+
+    def norm_apart() -> jax.Array | None:
+        return None if scheme is None else jnp.ones((D,), dtype)
+
     def bias(size: int, there: bool) -> jax.Array | None:
         return jnp.zeros((size,), dtype) if there else None
 
     norm = jnp.ones((H,), dtype) if config.qk_norm else None
     layers = [
         LayerWeights(
-            qkv=weight((N + 2 * K) * H, D),
+            qkv=matrix((N + 2 * K) * H, D),
             qkv_bias=bias((N + 2 * K) * H, config.attention_bias),
             query_norm=norm,
             key_norm=norm,
-            out=weight(D, N * H),
+            out=matrix(D, N * H),
             out_bias=bias(D, config.attention_output_bias),
-            gate_up=weight(2 * F, D),
-            down=weight(D, F),
+            gate_up=matrix(2 * F, D),
+            down=matrix(D, F),
+            attention_norm=norm_apart(),
+            mlp_norm=norm_apart(),
         )
         for _ in range(config.num_layers)
     ]
@@ -204,53 +250,41 @@ def huggingface_steps(config: LlamaConfig, points: Sequence[tuple[int, int]]) ->
 # --- Rows ----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class _LeastBytes:
-    """The least that a step reads: weights, and the keys and values of each row."""
-
-    config: LlamaConfig
-    dtype: jnp.dtype
-
-    @functools.cached_property
-    def decoder(self) -> Decoder:
-        """With shapes in place of arrays."""
-        return jax.eval_shape(lambda: random_decoder(self.config, self.dtype))
-
-    def __call__(self, batch: int, prompt: int) -> int:
-        return self.decoder.weight_bytes + batch * self.decoder.attention_bytes(prompt + CHUNK // 2)
-
-
-def _print(name: str, point: tuple[int, int], step: timing.Timing, least: _LeastBytes) -> None:
+def _print(name: str, point: Point, step: Step) -> None:
     batch, prompt = point
-    rate = least(*point) / step.median
     share = READ_BANDWIDTH.get(device_lib.current().arch or "")
-    of_peak = f" = {rate / share:.3f} of {share / 1e12} TB/s" if share else ""
+    of_peak = f" = {step.rate / share:.3f} of {share / 1e12} TB/s" if share else ""
     print(
-        f"  {name:12} {batch} x {prompt:5}: {step.median * 1e3:8.3f} ms a step, {batch / step.median:8.1f} tokens/s, "
-        f"{rate / 1e9:6.0f} GB/s{of_peak}",
+        f"  {name:12} {batch} x {prompt:5}: {step.time.median * 1e3:8.3f} ms a step, "
+        f"{batch / step.time.median:8.1f} tokens/s, {step.rate / 1e9:6.0f} GB/s{of_peak}",
         flush=True,
     )
 
 
-def _row(
-    shared: dict[str, str], name: str, point: tuple[int, int], step: timing.Timing, least: _LeastBytes
-) -> ModelRow:
+def _row(shared: dict[str, str], name: str, point: Point, step: Step) -> ModelRow:
     batch, prompt = point
     return ModelRow(
         **shared,
         batch=str(batch),
         length=str(prompt),
         implementation=name,
-        median_ms=number(step.median * 1e3),
-        spread=number(step.spread, 2),
-        tokens_per_second=number(batch / step.median),
+        median_ms=number(step.time.median * 1e3),
+        spread=number(step.time.spread, 2),
+        tokens_per_second=number(batch / step.time.median),
         mfu_percent="",
-        gbs=number(least(*point) / step.median / 1e9),
+        gbs=number(step.rate / 1e9),
         attention_percent="",
     )
 
 
 # --- Command line --------------------------------------------------------------------------------------------
+
+
+def _by_weights(names: Sequence[str]) -> list[tuple[str | None, list[str]]]:
+    """Our variants by the scheme of their weights, None first: those of one are measured on one decoder."""
+    schemes = dict.fromkeys((None, *(name for name in names if name in SCHEMES)))
+    groups = [(scheme, [name for name in names if name in ((scheme,) if scheme else ABLATION)]) for scheme in schemes]
+    return [(scheme, of) for scheme, of in groups if of]
 
 
 def _integers(text: str) -> list[int]:
@@ -269,7 +303,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", default="llama2_7b", choices=PRESETS)
     parser.add_argument("--batch", type=_integers, default=[1], help="comma-separated; default 1")
     parser.add_argument("--prompt", type=_integers, default=[1024], help="tokens before; comma-separated; default 1024")
-    parser.add_argument("--variants", type=_variants, default=["auto"], help="ablation, or names; default auto")
+    parser.add_argument(
+        "--variants", type=_variants, default=["auto"], help="ablation, or names, such as mixed_2_4; default auto"
+    )
     parser.add_argument("--dtype", default="bfloat16", help="default bfloat16")
     parser.add_argument("--repeats", type=int, default=4, help="chunks of which the median is taken (default 4)")
     parser.add_argument("--out", type=Path, help="CSV file; default: benchmarks/results/<device>_models.csv")

@@ -5,6 +5,7 @@ benchmarks/results/<device>.csv          operations, one row a shape, direction,
 benchmarks/results/<device>_models.csv   whole models, one row a phase
 benchmarks/results/<device>_fastattention.csv   the claims of the FastAttention paper, one row a figure
 benchmarks/results/<device>_flat_gemm_sweep.csv   tiles of flat_gemm, one row a tile and size
+benchmarks/results/<device>_quantized_ablation.csv   loads and scales of quantized_matmul, one row a way and shape
 """
 
 import csv
@@ -163,6 +164,39 @@ class SweepRow:
         return (self.m, self.n, self.k, self.dtype, self.implementation, self.block_n, self.stages)
 
 
+@dataclasses.dataclass(frozen=True)
+class AblationRow:
+    """One measurement of quantized_matmul, and what it would be without some of its arithmetic.
+
+    Attributes:
+      shape: name of the call, one of pallas_kernels/quantized_matmul/shapes.py.
+      stages, scales_ahead: of MosaicGpuConfig; scales_ahead is "yes" or "no".
+      median_us: microseconds of a call.
+      gbs: bytes of the weight over that time, 1e9 a second.
+      scales_us, decoding_us: microseconds of a call that leaves out the arithmetic of scales, and all of decoding.
+      scales_percent, decoding_percent: what the call gets shorter by that, in percent.
+      commit, jax, device: as in Row.
+    """
+
+    shape: str
+    stages: str
+    scales_ahead: str
+    median_us: str
+    gbs: str
+    scales_us: str
+    decoding_us: str
+    scales_percent: str
+    decoding_percent: str
+    commit: str
+    jax: str
+    device: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes two rows measurements of the same thing."""
+        return (self.shape, self.stages, self.scales_ahead)
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A figure with that many significant digits, never in exponent form; "" for None.
 
@@ -211,7 +245,7 @@ def environment() -> dict[str, str]:
     return {"commit": commit(), "jax": jax.__version__, "device": device_lib.current().kind}
 
 
-def append[R: (Row, ModelRow, PaperRow, SweepRow)](file: Path, rows: Sequence[R]) -> None:
+def append[R: (Row, ModelRow, PaperRow, SweepRow, AblationRow)](file: Path, rows: Sequence[R]) -> None:
     """Adds rows to a CSV file, which is made with its header if it is not there.
 
     Raises:
@@ -233,7 +267,7 @@ def append[R: (Row, ModelRow, PaperRow, SweepRow)](file: Path, rows: Sequence[R]
         writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
-def read[R: (Row, ModelRow, PaperRow, SweepRow)](file: Path, kind: type[R]) -> list[R]:
+def read[R: (Row, ModelRow, PaperRow, SweepRow, AblationRow)](file: Path, kind: type[R]) -> list[R]:
     """The newest row of each measurement, in the order in which they were first measured.
 
     Raises:
@@ -246,6 +280,6 @@ def read[R: (Row, ModelRow, PaperRow, SweepRow)](file: Path, kind: type[R]) -> l
             raise ValueError(f"{file}: does not hold rows of {kind.__name__}: {error}") from error
 
 
-def newest[R: (Row, ModelRow, PaperRow, SweepRow)](rows: Iterable[R]) -> list[R]:
+def newest[R: (Row, ModelRow, PaperRow, SweepRow, AblationRow)](rows: Iterable[R]) -> list[R]:
     """Drops every row that a later one replaces."""
     return list({row.key: row for row in rows}.values())

@@ -312,12 +312,22 @@ def product(
     implementation = options.gemm_implementation
     quantized = isinstance(weight, MixedBitWeight | IntWeight)
     if rms_norm_eps is not None and (quantized or norm is not None):
-        x, rms_norm_eps = rms_norm(x, jnp.float32(1) if norm is None else norm, rms_norm_eps), None
+        x, rms_norm_eps = _norm(x, jnp.float32(1) if norm is None else norm, rms_norm_eps), None
     if quantized:
         out = quantized_matmul(x, weight, implementation=implementation, **epilogue)
         return out if residual is None else out + residual
     around: dict[str, Any] = {"rms_norm_eps": rms_norm_eps, "residual": residual}
     return flat_gemm(x, weight, transpose_w=True, implementation=implementation, **around, **epilogue)
+
+
+def _norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """`rms_norm`. For rows XLA's GPU compiler makes it one kernel, a sum in front of it included, but two for a single
+    row: so that one gets zeros beside it, which are never stored."""
+    if x.size > x.shape[-1]:
+        return rms_norm(x, scale, epsilon)
+    rows = jnp.where(jnp.arange(2)[:, None] == 0, x.reshape(1, -1), 0)
+    # Behind a barrier the first row is cut out by that kernel, and not by those that read it.
+    return jax.lax.optimization_barrier(rms_norm(rows, scale, epsilon)[:1]).reshape(x.shape)
 
 
 # --- Weights -------------------------------------------------------------------------------------------------

@@ -20,15 +20,19 @@ class MosaicGpuConfig:
       shares: in how many pieces the warps of a block cut the inputs, for as many times fewer outputs: smaller blocks,
         and each copies more of x. With one tile only.
       num_splits: in how many pieces the inputs are cut before, each the work of another block of a cluster.
+      scales_ahead: scales are copied a step before their words, and computed between the issue of the loads of the
+        words and the wait for them.
     """
 
     tiles: int = 1
     stages: int = 3
     shares: int = 1
     num_splits: int = 1
+    scales_ahead: bool = False
 
     def __post_init__(self):
         rules = {"tiles": (1, 2, 4), "stages": range(1, 9), "shares": (1, 2, 4), "num_splits": range(1, 9)}
+        rules["scales_ahead"] = (False, True)
         for name, allowed in rules.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"MosaicGpuConfig.{name} must be one of {tuple(allowed)}, got {value!r}.")

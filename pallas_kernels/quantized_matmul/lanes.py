@@ -56,12 +56,32 @@ class Instructions(Protocol):
         ...
 
 
+def scales(do: Instructions, stats: Sequence[Word], steps: Sequence[Word]) -> list[list[list[Word]]]:
+    """What four strips of two outputs are multiplied by and what is added, two strips in a word: [pair][output] of
+    scale, scale / 4, scale / 16 and -z scale.
+
+    Args:
+      do: who executes it.
+      stats: [2 outputs], codes of the scales and zeros of 4 strips.
+      steps: [2], second-order scales of 4 strips, two in a word.
+    """
+    pairs = []
+    for pair in range(2):
+        step = do.fma(steps[pair], twice(LARGE), 0)
+        base = do.fma(step, twice(-128), 0)
+        pairs.append([])
+        for of_output in stats:
+            scale = do.fma(do.bits(of_output, 4 * pair, 0x000F000F, BASE), step, base)
+            zero = do.fma(do.bits(of_output, 8 + 4 * pair, 0x000F000F, SIGNS), scale, 0)
+            pairs[pair].append([scale, *(do.fma(scale, twice(4.0**-i), 0) for i in (1, 2)), zero])
+    return pairs
+
+
 def strips(
     do: Instructions,
     sums: list[list[list[Any]]],
     words: Sequence[Sequence[Word]],
-    stats: Sequence[Word],
-    steps: Sequence[Word],
+    scales: Sequence[Sequence[Sequence[Word]]],
     x: Sequence[Sequence[Sequence[Word]]],
     stretches: Sequence[int] = range(4),
 ) -> list[list[list[Any]]]:
@@ -72,30 +92,24 @@ def strips(
       sums: [any][tile of 8 rows][4], to be added up and multiplied by 1 / (TINY LARGE) in the end: a product does not
         wait for the one before if that is of another.
       words: [2 outputs][4 strips].
-      stats: [2 outputs], codes of the scales and zeros of 4 strips.
-      steps: [2], second-order scales of 4 strips, two in a word.
+      scales: of the four strips, as `scales` makes them.
       x: [tile][stretch of 64 inputs, one strip of each thread][8 pairs of inputs].
       stretches: which of the strips these are.
     """
     for at, j in enumerate(stretches):
-        weights = strip(do, words, stats, steps, j)
+        weights = strip(do, words, scales, j)
         for p in range(0, 8, 2):
             a = [weights[output][q] for q in (p, p + 1) for output in range(2)]
             multiply(do, sums[p // 2 % len(sums)], a, x, at, p)
     return sums
 
 
-def strip(
-    do: Instructions, words: Sequence[Sequence[Word]], stats: Sequence[Word], steps: Sequence[Word], j: int
-) -> list[list[Word]]:
+def strip(do: Instructions, words: Sequence[Sequence[Word]], scales: Any, j: int) -> list[list[Word]]:
     """Weights of strip j of a chunk, times TINY LARGE: [2 outputs][8 pairs of inputs]. Arguments as of `strips`."""
     pair, half = divmod(j, 2)
-    step = do.fma(steps[pair], twice(LARGE), 0)
-    base, weights = do.fma(step, twice(-128), 0), []
+    weights = []
     for output in range(2):
-        scale = do.fma(do.bits(stats[output], 4 * pair, 0x000F000F, BASE), step, base)
-        zero = do.both(do.fma(do.bits(stats[output], 8 + 4 * pair, 0x000F000F, SIGNS), scale, 0), half)
-        of_factor = [do.both(do.fma(scale, twice(4.0**-i), 0) if i else scale, half) for i in range(3)]
+        *of_factor, zero = [do.both(scale, half) for scale in scales[pair][output]]
         weights.append([do.fma(field(do, words[output][j], p), of_factor[FACTOR[p]], zero) for p in range(8)])
     return weights
 

@@ -9,11 +9,14 @@ their way to shared memory (`ring.py`) while a chunk before them is decoded and 
     scales    code * step, -z * scale                    of chunk i
     multiply  Z^T [64, M] += W^[i] [64, k] X^T [k, M]    words to bfloat16 in registers, one rounding each
 
-The second plane of a `MixedBitWeight`, the low digits of strips of 4 bits, follows the first: the same program with
-other addresses, its inputs found by an index. The smallest number of rows is bound by instructions, about 36 for 16
-weights of two outputs in 32 threads; so all multiprocessors must have as much of them. Where outputs are few, the warps
-of a block take fewer, and a part of the inputs each (`shares`), or blocks of a cluster do (`num_splits`), and what they
-have is added up in order. Ampere has no clusters.
+With `scales_ahead` they are copied a step before the words of their chunk, so that their arithmetic can be done before
+the wait for these. The second plane of a `MixedBitWeight`, the low digits of strips of 4 bits, follows the first: the
+same program with other addresses, its inputs found by an index.
+
+The smallest number of rows is bound by instructions, about 36 for 16 weights of two outputs in 32 threads; so all
+multiprocessors must have as much of them. Where outputs are few, the warps of a block take fewer, and a part of the
+inputs each (`shares`), or blocks of a cluster do (`num_splits`), and what they have is added up in order. Ampere has no
+clusters.
 
 Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, sections 2 and 3.
 """
@@ -96,7 +99,7 @@ def forward(
 
 # --- What a chunk of each kind of weight is, and what becomes of it -------------------------------------------
 
-Chunk = tuple[jax.Array, ...]  # in registers
+Scales = list[jax.Array]  # of a chunk, in registers: as they are stored, or as weights are multiplied by them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +125,15 @@ class _Digits:
         """Sums of no chunk, of tiles [64, M]: of few rows two, so that fewer products wait for each other."""
         return [zero] * (2 if zero.shape[1] == 8 else 1)
 
-    def add(self, sums: list[jax.Array], chunk: Chunk, x: Rows) -> list[jax.Array]:
+    def factors(self, scales: Scales) -> Scales:
+        return ptx.scales(*scales)
+
+    def add(self, sums: list[jax.Array], words: jax.Array, factors: Scales, x: Rows) -> list[jax.Array]:
         # The registers hold all rows of a chunk, or, if they are many, of a stretch.
         width = 4 if sums[0].shape[1] <= 16 else 1
         for j in range(0, 4, width):
             stretches = range(j, j + width)
-            words, stats, steps = chunk
-            sums = ptx.strips(sums, words, stats, steps, x(stretches), stretches)
+            sums = ptx.strips(sums, words, factors, x(stretches), stretches)
         return sums
 
     def total(self, sums: list[jax.Array]) -> jax.Array:
@@ -157,10 +162,12 @@ class _Codes:
     def empty(self, zero: jax.Array) -> list[jax.Array]:
         return [zero]
 
-    def add(self, sums: list[jax.Array], chunk: Chunk, x: Rows) -> list[jax.Array]:
-        words, *scale = chunk
+    def factors(self, scales: Scales) -> Scales:
+        return scales
+
+    def add(self, sums: list[jax.Array], words: jax.Array, factors: Scales, x: Rows) -> list[jax.Array]:
         rows = x(range(chunk_inputs(self.weight.bits) // 64))
-        return [ptx.integers(sums[0], words, scale[0] if scale else None, rows, self.weight.bits)]
+        return [ptx.integers(sums[0], words, factors[0] if factors else None, rows, self.weight.bits)]
 
     def total(self, sums: list[jax.Array]) -> jax.Array:
         return sums[0]
@@ -230,13 +237,18 @@ def _outputs(
             return jnp.where(chunk + shares >= shares * end, shares * begin, chunk + shares)
 
         def start(step: Any, chunk: Any) -> None:
-            ring.start(slots, lax.rem(step, stages), gmem, x_gmem, outputs, chunk, count - step)
+            scales_of = after(chunk) if config.scales_ahead else chunk
+            ring.start(slots, lax.rem(step, stages), gmem, x_gmem, outputs, chunk, scales_of, count - step)
+
+        def scales_in(slot: Any, tile: int, chunk: Any) -> Scales:
+            return ring.take_scales(slots, slot, gmem, tile, outputs[tile], chunk)
 
         def multiply(step: Any, carried: tuple) -> tuple:
-            chunk, ahead, sums = carried
+            chunk, ahead, scales, sums = carried
             if stages == 1:
                 barrier()
                 start(step, chunk)
+            factors = [at.factors(one) for one in scales]  # while words are on their way
             wait(but=max(stages - 2, 0))
             if stages > 1:
                 start(step + stages - 1, ahead)  # to the slot that all threads have read in the step before
@@ -248,15 +260,24 @@ def _outputs(
             # Read once for all tiles, or for each what it takes at a time.
             rows, out = functools.cache(x_of) if padded <= 16 else x_of, []
             for i, (begins, total) in enumerate(zip(outputs, sums, strict=True)):
-                out.append(at.add(total, ring.take(slots, slot, gmem, i, begins, chunk), rows))
-            return after(chunk), after(ahead), out
+                words = ring.take_words(slots, slot, gmem, i, begins, chunk)
+                own = factors[i] if config.scales_ahead else at.factors(scales_in(slot, i, chunk))
+                out.append(at.add(total, words, own, rows))
+            scales = [scales_in(slot, i, after(chunk)) for i in range(len(scales))]
+            return after(chunk), after(ahead), scales, out
 
-        ahead = first
+        ahead, scales = first, []
+        if config.scales_ahead:
+            last = jnp.int32(stages - 1)  # the slot that is filled next by the first step
+            ring.start_scales(slots, last, gmem, outputs, first)
         for i in range(stages - 1):
             start(jnp.int32(i), ahead)
             ahead = after(ahead)
+        if config.scales_ahead:
+            wait(but=stages - 1)
+            scales = [scales_in(last, i, first) for i in range(len(outputs))]
         sums = [at.empty(_zeros((TILE, padded))) for _ in outputs]
-        _, _, sums = lax.fori_loop(0, count, multiply, (first, ahead, sums))
+        *_, sums = lax.fori_loop(0, count, multiply, (first, ahead, scales, sums))
         z = [fold(at.total(tile)) for tile in sums]
 
         def finish(z: list[jax.Array]) -> None:

@@ -49,27 +49,32 @@ ROWS = _tiled(((8, 64), (8, 16), (8,)), (_EVERY_WARP,), (-3, -4))
 SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)
 
 
-def rows_in_order(inputs: int) -> Any:
-    """[rows, inputs] of two adjacent columns, 8 g + 2 c and one more, of a stretch of 64 in each warp."""
-    stretches = inputs // 64
-    return _tiled(((4 // stretches, inputs), (1, 64), (8,), (2,)), (-6, -5), (-3, -2))
+def scales(stats: jax.Array, steps: jax.Array) -> list[jax.Array]:
+    """`lanes.scales` of every thread, of stats [64, 4] and steps [4, 16]: for each of two pairs of strips [64, 16], a
+    thread's four words of an output side by side."""
+
+    def quantized_scales(_, stats, steps):
+        (both,) = steps.registers.flat
+        pairs = lanes.scales(_Ptx(), [_words_of(r)[0] for r in stats.registers.flat], _words_of(both))
+        return [array(WORDS, (64, 16), jnp.uint32, of_outputs) for of_outputs in pairs]
+
+    return inline(quantized_scales, (STATS, STEPS), [result(WORDS, (64, 16), jnp.uint32)] * 2, stats, steps)
 
 
 def strips(
-    sums: list[jax.Array], words: jax.Array, stats: jax.Array, steps: jax.Array, x: jax.Array, stretches: range
+    sums: list[jax.Array], words: jax.Array, scales: list[jax.Array], x: jax.Array, stretches: range
 ) -> list[jax.Array]:
-    """Adds strips of a chunk to sums [64, 8 m]: `lanes.strips` of every thread. words [64, 16], stats [64, 4], steps
-    [4, 16], x [8 m, 64 j] in ROWS: of j stretches of 64 inputs."""
+    """Adds strips of a chunk to sums [64, 8 m]: `lanes.strips` of every thread. words [64, 16], scales as `scales`
+    returns them, x [8 m, 64 j] in ROWS: of j stretches of 64 inputs."""
 
-    def quantized_strips(_, sums, words, stats, steps, x):
-        (both,) = steps.registers.flat
-        of_outputs = [_words_of(r) for r in words.registers.flat], [_words_of(r)[0] for r in stats.registers.flat]
+    def quantized_strips(_, sums, words, scales, x):
+        words, *scales = ([_words_of(r) for r in one.registers.flat] for one in (words, *scales))
         parts = [_sums_of(s) for s in sums]
-        parts = lanes.strips(_Ptx(), parts, *of_outputs, _words_of(both), _rows_of(x), stretches)
+        parts = lanes.strips(_Ptx(), parts, words, scales, _rows_of(x), stretches)
         return [_with_sums(s, part) for s, part in zip(sums, parts, strict=True)]
 
-    types = ([SUMS] * len(sums), WORDS, STATS, STEPS, ROWS)
-    return inline(quantized_strips, types, [_like(s) for s in sums], sums, words, stats, steps, x)
+    types = ([SUMS] * len(sums), WORDS, [WORDS] * 2, ROWS)
+    return inline(quantized_strips, types, [_like(s) for s in sums], sums, words, scales, x)
 
 
 def integers(total: jax.Array, words: jax.Array, scale: jax.Array | None, x: jax.Array, bits: int) -> jax.Array:
@@ -95,15 +100,15 @@ def integers(total: jax.Array, words: jax.Array, scale: jax.Array | None, x: jax
     return inline(quantized_integers, (SUMS, WORDS, ROWS, STATS)[: len(arrays)], _like(total), *arrays)
 
 
-def strip(words: jax.Array, stats: jax.Array, steps: jax.Array, j: int) -> jax.Array:
+def strip(words: jax.Array, scales: list[jax.Array], j: int) -> jax.Array:
     """The left operand of a product by wgmma: `lanes.strip` of every thread, [64 outputs, 64], where columns 8 p + 2 c and
     one more are inputs 2 p and 2 p + 1 of strip 4 j + c of a chunk. Arguments as of `strips`."""
 
-    def quantized_strip(_, words, stats, steps):
-        of_outputs = [_words_of(r) for r in words.registers.flat], [_words_of(r)[0] for r in stats.registers.flat]
-        return _operand(lanes.strip(_Ptx(), *of_outputs, _words_of(steps.registers.flat[0]), j))
+    def quantized_strip(_, words, scales):
+        words, *scales = ([_words_of(r) for r in one.registers.flat] for one in (words, *scales))
+        return _operand(lanes.strip(_Ptx(), words, scales, j))
 
-    return inline(quantized_strip, (WORDS, STATS, STEPS), _OPERAND, words, stats, steps)
+    return inline(quantized_strip, (WORDS, [WORDS] * 2), _OPERAND, words, scales)
 
 
 def stretch(words: jax.Array, scales: jax.Array | None = None, *, j: int, bits: int) -> jax.Array:

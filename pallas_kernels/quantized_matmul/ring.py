@@ -3,16 +3,17 @@
 
     start(chunk + stages - 1)        128 threads copy pieces of 16 bytes, past the L1: cp.async
     wait, barrier                    of what all have copied
-    take(chunk)                      each thread reads its own, in the layouts of ptx.py
+    take_...(chunk)                  each thread reads its own, in the layouts of ptx.py
 
 A slot, of T tiles of 64 outputs and M rows of x; "scales" are stats and steps, or those of groups:
 
     words   [T, 64, 16] words        two rows are all banks
-    scales  stats [T, 64, 4] words and steps [T, 4, 16]; or [T, 64]
+    scales  stats [T, 64, 4] words and steps [T, 4, 16]; or [T, 64]; of the same chunk, or of that of the next step
     x       [M, inputs + 8]          8 more, so that the rows of two threads side by side are in other banks
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +39,6 @@ from pallas_kernels.quantized_matmul.ptx import (
     i32,
     inline,
     result,
-    rows_in_order,
 )
 
 THREADS, PIECE = 128, 16  # bytes that a thread copies at a time
@@ -88,48 +88,82 @@ class Ring:
         return self.x_at + self.shares * self.rows * self.pitch
 
     def start(
-        self, slots: Ref, slot: Any, arrays: Sequence[Ref], x: Ref, outputs: Sequence[Any], chunk: Any, left: Any
+        self,
+        slots: Ref,
+        slot: Any,
+        arrays: Sequence[Ref],
+        x: Ref,
+        outputs: Sequence[Any],
+        chunk: Any,
+        scales_of: Any,
+        left: Any,
     ) -> None:
-        """Copies chunks from `chunk` on of tiles that begin at `outputs`; nothing if no step is left. Each call is a
-        group to wait for. `arrays`: as `_Digits.arrays` and `_Codes.arrays` say."""
+        """Copies chunks from `chunk` on, scales from chunk `scales_of` on, of tiles that begin at `outputs`; nothing if
+        no step is left. Each call is a group to wait for. `arrays`: as `_Digits.arrays` and `_Codes.arrays` say."""
         ring = self
 
-        def quantized_start(_, slots, slot, arrays, x, outputs, chunk, left):
-            copies = _Copies(ring, slots, slot.registers[()], chunk.registers[()], left.registers[()])
+        def quantized_start(_, slots, slot, arrays, x, outputs, chunk, scales_of, left):
+            live = arith.cmpi(arith.CmpIPredicate.sgt, left.registers[()], constant(0))
+            copies = _Copies(ring, slots, slot.registers[()], chunk.registers[()], live)
+            of_scales = dataclasses.replace(copies, chunk=scales_of.registers[()])
             for tile, output in enumerate(outputs):
-                copies.weight(arrays, tile, output.registers[()])
+                copies.words(arrays, tile, output.registers[()])
+                of_scales.scales(arrays, tile, output.registers[()])
             copies.x(x, arrays[6] if len(arrays) > 6 else None)
             mgpu.utils.inline_ptx("cp.async.commit_group;")
 
-        types = (_REF, _NUMBER, [_REF] * len(arrays), _REF, [_NUMBER] * len(outputs), _NUMBER, _NUMBER)
-        inline(quantized_start, types, (), slots, slot, list(arrays), x, list(outputs), chunk, left)
+        types = (_REF, _NUMBER, [_REF] * len(arrays), _REF, [_NUMBER] * len(outputs), _NUMBER, _NUMBER, _NUMBER)
+        inline(quantized_start, types, (), slots, slot, list(arrays), x, list(outputs), chunk, scales_of, left)
 
-    def take(
-        self, slots: Ref, slot: Any, arrays: Sequence[Ref], tile: int, output: Any, chunk: Any
-    ) -> tuple[jax.Array, ...]:
-        """Of a tile: words [64, 16], stats [64, 4] and steps [4, 16]; or words and scales [64, 4], the same four times,
-        if there are any."""
+    def start_scales(self, slots: Ref, slot: Any, arrays: Sequence[Ref], outputs: Sequence[Any], chunk: Any) -> None:
+        """The same of scales alone."""
         ring = self
 
-        def quantized_take(_, slots, slot, arrays, output, chunk):
-            del output, chunk  # for those who execute it without slots
-            at, thread = _slot(ring, slots, slot.registers[()]), Thread.own()
-            words, scales = at + tile * _WORDS, at + (ring.scales_at + tile * (_STATS + _STEPS))
-            if not ring.per_group:
-                return _digits(thread, words, scales, scales + _STATS)
-            taken = [_words(thread, words)]
-            if len(arrays) == 1:
-                return taken
-            scales = at + (ring.scales_at + tile * _SCALES)
-            factors = [_read_bfloat16(scales.to(2, row)) for row in thread.outputs]
-            return [*taken, array(STATS, (64, 4), jnp.float32, factors)]
+        def quantized_start_scales(_, slots, slot, arrays, outputs, chunk):
+            always = arith.constant(ir.IntegerType.get_signless(1), 1)
+            copies = _Copies(ring, slots, slot.registers[()], chunk.registers[()], always)
+            for tile, output in enumerate(outputs):
+                copies.scales(arrays, tile, output.registers[()])
+            mgpu.utils.inline_ptx("cp.async.commit_group;")
+
+        types = (_REF, _NUMBER, [_REF] * len(arrays), [_NUMBER] * len(outputs), _NUMBER)
+        inline(quantized_start_scales, types, (), slots, slot, list(arrays), list(outputs), chunk)
+
+    def take_words(self, slots: Ref, slot: Any, arrays: Sequence[Ref], tile: int, output: Any, chunk: Any) -> jax.Array:
+        """Of a tile, [64, 16]."""
+        ring = self
+
+        def quantized_take_words(_, slots, slot, arrays, output, chunk):
+            del arrays, output, chunk  # for those who execute it without slots
+            words, thread = _slot(ring, slots, slot.registers[()]) + tile * _WORDS, Thread.own()
+            return _words(thread, words)
 
         types = (_REF, _NUMBER, [_REF] * len(arrays), _NUMBER, _NUMBER)
-        kinds = [result(WORDS, (64, 16), "uint32"), result(STATS, (64, 4), "float32")][: len(arrays)]
+        kind = result(WORDS, (64, 16), "uint32")
+        return inline(quantized_take_words, types, kind, slots, slot, list(arrays), output, chunk)
+
+    def take_scales(
+        self, slots: Ref, slot: Any, arrays: Sequence[Ref], tile: int, output: Any, chunk: Any
+    ) -> list[jax.Array]:
+        """Of a tile: stats [64, 4] and steps [4, 16], or scales [64, 4], the same four times, if there are any."""
+        ring = self
+
+        def quantized_take_scales(_, slots, slot, arrays, output, chunk):
+            del arrays, output, chunk  # as in `take_words`
+            at, thread = _slot(ring, slots, slot.registers[()]) + ring.scales_at, Thread.own()
+            if ring.per_group:
+                factors = [_read_bfloat16((at + tile * _SCALES).to(2, row)) for row in thread.outputs]
+                return [array(STATS, (64, 4), jnp.float32, factors)]
+            at += tile * (_STATS + _STEPS)
+            return _scales(thread, at, at + _STATS)
+
+        if len(arrays) == 1:
+            return []
+        types = (_REF, _NUMBER, [_REF] * len(arrays), _NUMBER, _NUMBER)
+        kinds = [result(STATS, (64, 4), "float32")]
         if not self.per_group:
-            stats, steps = result(STATS, (64, 4), "uint32"), result(STEPS, (4, 16), "bfloat16")
-            kinds = [kinds[0], stats, steps]
-        return inline(quantized_take, types, kinds, slots, slot, list(arrays), output, chunk)
+            kinds = [result(STATS, (64, 4), "uint32"), result(STEPS, (4, 16), "bfloat16")]
+        return inline(quantized_take_scales, types, kinds, slots, slot, list(arrays), output, chunk)
 
     def take_rows(
         self, slots: Ref, slot: Any, x: Ref, index: Ref | None, chunk: Any, rows: int, stretches: range
@@ -138,7 +172,7 @@ class Ring:
         ring = self
 
         def quantized_take_rows(_, slots, slot, x, chunk, index=None):
-            del x, chunk, index  # as in `take`
+            del x, chunk, index  # as in `take_words`
             at, thread, read = _slot(ring, slots, slot.registers[()]) + ring.x_at, Thread.own(), []
             share = _div(thread.warp, 4 // ring.shares)
             for tile in range(rows // 8):
@@ -198,7 +232,8 @@ def take_digits(words: Ref, stats: Ref, steps: Ref) -> tuple[jax.Array, ...]:
     """As `Ring.take`, of arrays [4, 256], [4, 64] and [4, 16] in shared memory: of 16 outputs each."""
 
     def quantized_take_digits(_, words, stats, steps):
-        return _digits(Thread.own(), *map(Address.of, (words, stats, steps)))
+        thread = Thread.own()
+        return [_words(thread, Address.of(words)), *_scales(thread, Address.of(stats), Address.of(steps))]
 
     kinds = [result(WORDS, (64, 16), "uint32"), result(STATS, (64, 4), "uint32"), result(STEPS, (4, 16), "bfloat16")]
     return inline(quantized_take_digits, (_REF, _REF, _REF), kinds, words, stats, steps)
@@ -219,34 +254,41 @@ def take_codes(words: Ref, scale: Ref | None = None) -> tuple[jax.Array, ...]:
     return inline(quantized_take_codes, (_REF,) * len(given), kinds[: len(given)], *given)
 
 
-def take_rows_in_order(x: Ref, index: Ref | None, chunk: Any, rows: int, inputs: int, mains: int) -> jax.Array:
-    """Rows of x, in global memory, of a chunk of so many inputs, [rows, inputs]: of each 64 inputs, those of strip c come
-    as columns 8 p + 2 c and one more, for all p. Chunks from `mains` on are of strips that `index` tells. What x does not
-    have is 0."""
+def copy_rows_in_order(to: Ref, x: Ref, chunk: Any, index: Ref | None, inputs: int, mains: int) -> None:
+    """Rows of x, in global memory, of a chunk to shared memory [rows, inputs] in tiles [8, 64] with swizzled rows: of each 64
+    inputs, those of strip c as columns 8 p + 2 c and one more, for all p. Chunks from `mains` on are of strips that `index`
+    tells. A warp reads 128 adjacent bytes at a time, and writes to all banks. Each call is a group to wait for."""
 
-    def quantized_take_rows_in_order(_, x, chunk, index=None):
+    def quantized_copy_rows_in_order(_, to, x, chunk, index=None):
         (M, K), thread, of_row = _shape(x), Thread.own(), inputs // 64
-        first_row, strip = _div(thread.warp, of_row), arith.addi(arith.muli(_rem(thread.warp, of_row), constant(4)), thread.c)
-        chunk, strips = chunk.registers[()], constant(inputs // 16)
-        if index is None:
-            strip = arith.addi(arith.muli(chunk, strips), strip)
-        else:
-            of_tail = arith.addi(arith.muli(arith.subi(chunk, constant(mains)), strips), strip)
+        first, j, chunk = _div(thread.warp, of_row), _rem(thread.warp, of_row), chunk.registers[()]
+        # Of a strip in each four lanes, a pair in each of the eight quads.
+        within = arith.addi(arith.muli(j, constant(4)), thread.c)
+        strip = arith.addi(arith.muli(chunk, constant(inputs // 16)), within)
+        if index is not None:
             beyond = arith.cmpi(arith.CmpIPredicate.sge, chunk, constant(mains))
-            looked_up = _look_up(_element(index, None, of_tail), beyond)
-            strip = arith.select(beyond, looked_up, arith.addi(arith.muli(chunk, strips), strip))
+            place = arith.addi(arith.muli(arith.subi(chunk, constant(mains)), constant(16)), within)
+            strip = arith.select(beyond, _look_up(_element(index, None, place), beyond), strip)
         inside = arith.cmpi(arith.CmpIPredicate.slt, strip, constant(K // 16))
-        column = arith.addi(arith.muli(strip, constant(16)), arith.muli(thread.g, constant(2)))
-        own, read = _element(x, first_row, column), []
-        for row in range(0, rows, 4 // of_row):
-            there = arith.cmpi(arith.CmpIPredicate.slt, first_row, constant(M - row))
-            address = _beside(own, constant(row * K), x)
-            read.append([_look_up(address, arith.andi(inside, there))])
-        return array(rows_in_order(inputs), (rows, inputs), jnp.bfloat16, read)
+        size = arith.select(inside, constant(4), constant(0))
+        strip = arith.select(inside, strip, constant(0))  # a copy of nothing still wants an address
+        source = _element(x, first, arith.addi(arith.muli(strip, constant(16)), arith.muli(thread.g, constant(2))))
+        own = Address.of(to).to(1024, j, 128, first, 4, thread.c)
+        # The swizzle: 16 bytes number p of row r are at p ^ r.
+        sixteen = arith.muli(arith.xori(thread.g, first), constant(16))
+        for row in range(0, M, 4 // of_row):
+            group, r = divmod(row, 8)
+            at = arith.addi(own, arith.xori(sixteen, constant(16 * r)))
+            target = arith.addi(at, constant(group * of_row * 1024 + 128 * r))
+            there = arith.cmpi(arith.CmpIPredicate.slt, first, constant(M - row))
+            operands = [target, _beside(source, constant(row * K), x), size, there]
+            code = "@$3 cp.async.ca.shared.global [$0], [$1], 4, $2;"
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, code, "r,l,r,b", has_side_effects=True)
+        mgpu.utils.inline_ptx("cp.async.commit_group;")
 
-    given = [x, chunk] if index is None else [x, chunk, index]
-    shape = result(rows_in_order(inputs), (rows, inputs), "bfloat16")
-    return inline(quantized_take_rows_in_order, (_REF, _NUMBER, _REF)[: len(given)], shape, *given)
+    tiles = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))  # type: ignore[attr-defined]
+    given = [to, x, chunk] if index is None else [to, x, chunk, index]
+    inline(quantized_copy_rows_in_order, (tiles, _REF, _NUMBER, _REF)[: len(given)], (), *given)
 
 
 # --- In registers ---------------------------------------------------------------------------------------------
@@ -304,33 +346,44 @@ def _words(thread: Thread, words: Address) -> Any:
     return array(WORDS, (64, 16), jnp.uint32, of_outputs)
 
 
-def _digits(thread: Thread, words: Address, stats: Address, steps: Address) -> tuple:
-    """Words [64, 16], stats [64, 4] and steps [4, 16]."""
+def _scales(thread: Thread, stats: Address, steps: Address) -> list:
+    """Stats [64, 4] and steps [4, 16]."""
     of_outputs = [load(stats.to(16, row, 4, thread.c), 1) for row in thread.outputs]
     of_block = load(steps.to(32, thread.warp, 8, thread.c), 2)
-    stats_array = array(STATS, (64, 4), jnp.uint32, of_outputs)
-    return _words(thread, words), stats_array, array(STEPS, (4, 16), jnp.bfloat16, [of_block])
+    return [array(STATS, (64, 4), jnp.uint32, of_outputs), array(STEPS, (4, 16), jnp.bfloat16, [of_block])]
 
 
+@dataclasses.dataclass(frozen=True)
 class _Copies:
-    """Of one step to one slot. Addresses are sums of what belongs to a thread, which is computed once, and of the chunk
-    times a number."""
+    """From chunk `chunk` on to a slot, if it is `live`. Addresses are sums of what belongs to a thread, which is
+    computed once, and of the chunk times a number."""
 
-    def __init__(self, ring: Ring, slots: Ref, slot: Value, chunk: Value, left: Value):
-        self.ring, self.at, self.chunk, self.thread = ring, _slot(ring, slots, slot), chunk, Thread.own()
-        self.live = arith.cmpi(arith.CmpIPredicate.sgt, left, constant(0))
+    ring: Ring
+    slots: Ref
+    slot: Value
+    chunk: Value
+    live: Value
 
-    def weight(self, arrays: Sequence[Ref], tile: int, output: Value) -> None:
-        words, scales = self.at + tile * _WORDS, self.at + (self.ring.scales_at + tile * (_STATS + _STEPS))
+    @functools.cached_property
+    def at(self) -> "Address":
+        return _slot(self.ring, self.slots, self.slot)
+
+    @functools.cached_property
+    def thread(self) -> "Thread":
+        return Thread.own()
+
+    def words(self, arrays: Sequence[Ref], tile: int, output: Value) -> None:
+        self._blocks_of(arrays, 0, output, 256, self.at + tile * _WORDS)
+
+    def scales(self, arrays: Sequence[Ref], tile: int, output: Value) -> None:
+        at = self.at + self.ring.scales_at
         if not self.ring.per_group:
-            self._blocks_of(arrays, 0, output, 256, words)
-            self._blocks_of(arrays, 1, output, 64, scales)
-            self._blocks_of(arrays, 2, output, 16, scales + _STATS)
-            return
-        self._blocks_of(arrays, 0, output, 256, words)
-        if len(arrays) > 1:
+            at += tile * (_STATS + _STEPS)
+            self._blocks_of(arrays, 1, output, 64, at)
+            self._blocks_of(arrays, 2, output, 16, at + _STATS)
+        elif len(arrays) > 1:
             groups, columns = _shape(arrays[1])
-            scales, per_share = self.at + (self.ring.scales_at + tile * _SCALES), 8 // self.ring.shares
+            at, per_share = at + tile * _SCALES, 8 // self.ring.shares
 
             def source(i: Value) -> tuple[Value, Value | None]:
                 share, piece = _div(i, per_share), _rem(i, per_share)
@@ -339,7 +392,7 @@ class _Copies:
                 column = arith.minsi(arith.addi(output, arith.muli(piece, constant(8))), constant(columns - 8))
                 return _element(arrays[1], group, column), self._inside(share)
 
-            self._pieces(8, source, lambda i: scales.to(PIECE, i))
+            self._pieces(8, source, lambda i: at.to(PIECE, i))
 
     def x(self, x: Ref, index: Ref | None) -> None:
         (M, K), inputs = _shape(x), self.ring.inputs

@@ -10,7 +10,7 @@ A block takes n outputs, 64 of each warpgroup at a time, and walks along the inp
 
 Thread c of a quad has strip c of four, and for wgmma that is columns 2 c, 2 c + 1, 2 c + 8, ... of a stretch of 64. Which
 inputs a product sums over is free, as long as both operands agree: another warpgroup, which asks for all copies, brings
-rows of x into that order (`ring.take_rows_in_order`), and looks up which strips those of the tail are.
+rows of x into that order (`ring.copy_rows_in_order`), and looks up which strips those of the tail are.
 
 Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, sections 2 and 3.
 """
@@ -81,10 +81,12 @@ class _Digits:
 
     def take(self, slot: Sequence[Ref], first: Any) -> tuple[jax.Array, ...]:
         """Of the tile that begins with block `first` of a slot, in registers."""
-        return ring.take_digits(*(array.at[pl.ds(first, BLOCKS)] for array in slot))
+        words, *scales = ring.take_digits(*(array.at[pl.ds(first, BLOCKS)] for array in slot))
+        return words, *ptx.scales(*scales)
 
     def operand(self, chunk: tuple[jax.Array, ...], j: int) -> jax.Array:
-        return ptx.strip(*chunk, j)
+        words, *scales = chunk
+        return ptx.strip(words, scales, j)
 
 
 class _Codes:
@@ -152,22 +154,30 @@ def outputs(
         count = end - begin
 
         def copy() -> None:
-            @pl.loop(0, count)
+            behind = min(2, stages - 1)  # steps that rows of x may be on their way
+
+            @pl.loop(0, count + behind)
             def _(step):
-                slot = lax.rem(step, stages)
-                # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
-                chunk = begin + lax.rem(step + block, count)
-                rows = ring.take_rows_in_order(x_gmem, at.index_of(gmem), chunk, padded, inputs, at.mains)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                for part in range(parts):
+                @pl.when(step < count)
+                def _():
+                    slot = lax.rem(step, stages)
+                    # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
+                    chunk = begin + lax.rem(step + block, count)
+                    pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                    for part in range(parts):
 
-                    def piece(i: int, source: Ref, *within: Any, part: int = part) -> None:
-                        plgpu.copy_gmem_to_smem(source, slots[i].at[slot, part, *within], full.at[slot])
+                        def piece(i: int, source: Ref, *within: Any, part: int = part) -> None:
+                            plgpu.copy_gmem_to_smem(source, slots[i].at[slot, part, *within], full.at[slot])
 
-                    at.copy(gmem, chunk, lax.div(part * O, 16) + block * per_part, per_part, piece)
-                x_slots[slot] = rows
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(full.at[slot])
+                        at.copy(gmem, chunk, lax.div(part * O, 16) + block * per_part, per_part, piece)
+                    ring.copy_rows_in_order(x_slots.at[slot], x_gmem, chunk, at.index_of(gmem), inputs, at.mains)
+
+                @pl.when(step >= behind)
+                def _():
+                    pl.when(step < count)(lambda: ring.wait(but=behind))
+                    pl.when(step >= count)(lambda: ring.wait(but=0))
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(full.at[lax.rem(step - behind, stages)])
 
         def multiply(*sums: Ref) -> list[jax.Array]:
             @pl.loop(0, count)

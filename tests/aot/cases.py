@@ -168,14 +168,17 @@ _QUANTIZED_GPU = (
 )
 
 
-def _quantized_matmul(shape: str, compiling: Compiling):
+def _quantized_matmul(shape: str, compiling: Compiling, **options):
+    """`options`: of a MosaicGpuConfig; without any the usual one."""
     import jax
 
     from pallas_kernels import quantized_matmul
+    from pallas_kernels.quantized_matmul.config import MosaicGpuConfig
     from pallas_kernels.quantized_matmul.shapes import SHAPES
 
     arrays, fill = _arrays_of(SHAPES[shape].abstract("bfloat16"), compiling)
-    return jax.jit(lambda *arrays: quantized_matmul(**fill(arrays), implementation="mosaic_gpu")), arrays
+    config = MosaicGpuConfig(**options) if options else None
+    return jax.jit(lambda *arrays: quantized_matmul(**fill(arrays), implementation="mosaic_gpu", config=config)), arrays
 
 
 def _flat_gemm(implementation: str, shape: str, dtype: str, compiling: Compiling):
@@ -388,6 +391,12 @@ CASES: tuple[Case, ...] = (
             hot=True,
         )
         for shape in _QUANTIZED_GPU
+    ),
+    Case(
+        "quantized_matmul/mosaic_gpu/scales_ahead",
+        AMPERE + HOPPER,
+        functools.partial(_quantized_matmul, "llama2_7b_qkv_mixed_2_4_m8", scales_ahead=True),
+        hot=True,
     ),
     *(
         Case(f"flat_gemm/mosaic_tpu/{shape}", TPUS, functools.partial(_flat_gemm, "mosaic_tpu", shape, dtype))

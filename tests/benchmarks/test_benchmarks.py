@@ -16,12 +16,14 @@ import pytest
 
 from benchmarks import (
     baselines,
+    decoding,
     fastattention,
     flat_gemm_sweep,
     live_tiles,
     models,
     operations,
     plot,
+    quantized_ablation,
     rows,
     run,
     table,
@@ -34,6 +36,10 @@ from pallas_kernels.flash_attention.config import Sm80Config, Sm90Config
 from pallas_kernels.flash_attention.shapes import SHAPES
 from pallas_kernels.flat_gemm.config import MatrixConfig, VectorConfig
 from pallas_kernels.flat_gemm.shapes import Shape
+from pallas_kernels.quantized_matmul import lanes
+from pallas_kernels.quantized_matmul import shapes as quantized_shapes
+from tests import interpreters
+from tests.quantized_matmul import threads
 
 FLASH_ATTENTION = operations.OPERATIONS["flash_attention"]
 ROW = rows.Row(
@@ -554,3 +560,74 @@ def test_sweep_says_what_does_not_run(capsys):
     [row] = flat_gemm_sweep.sweep(Shape(8, 64, 32), "float32", [MatrixConfig(64)], "wall", 0)
     assert row.implementation == "xla"
     assert "mosaic_gpu MatrixConfig(block_n=64" in capsys.readouterr().out
+
+
+def test_decoding_with_weights_of_few_bits(tmp_path, capsys):
+    out = tmp_path / "cpu_models.csv"
+    argv = ["--preset=tiny", "--prompt=8", "--variants=int4,auto", "--dtype=float32", "--repeats=1", f"--out={out}"]
+    assert decoding.main(argv) == 0
+    told = capsys.readouterr().out
+    assert "float32: 0.00 GB of weights; 32.000 bits a weight in the layers" in told
+    assert "int4: 0.00 GB of weights; 4.125 bits a weight in the layers (983,040 weights" in told  # 4 + 16 / 128
+    auto, int4 = rows.read(out, rows.ModelRow)
+    assert (auto.implementation, int4.implementation) == ("auto", "int4")
+    ratio = float(auto.median_ms) / float(int4.median_ms)
+    assert f"1 x 8: int4 is {ratio:.2f} x auto"[:-8] in told
+    # The layers; the embedding, which is the output projection, and norms; keys and values of 8 + 16 tokens.
+    nbytes = 983_040 * 4.125 / 8 + 4 * (320 * 128 + 9 * 128) + 2 * 4 * 4 * 2 * 32 * 24
+    assert float(int4.gbs) * float(int4.median_ms) * 1e6 == pytest.approx(nbytes, rel=2e-3)
+
+
+def test_no_two_layers_share_memory():
+    decoder = decoding.random_decoder(decoding.preset("tiny"), jnp.dtype("float32"), "mixed_2_4")
+    arrays = jax.tree.leaves(decoder.layers)
+    assert len({array.unsafe_buffer_pointer() for array in arrays}) == len(arrays)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # words taken for numbers may be infinite
+def test_ablation_of_quantized_matmul(tmp_path, monkeypatch, capsys):
+    """What is timed with a part left out computes something else, and the rest is right."""
+    name, shape = "one_chunk", quantized_shapes.Shape(8, 64, 256, four_bit_strips=0)
+    real = quantized_ablation.OPERATION
+    monkeypatch.setattr(
+        quantized_ablation, "OPERATION", dataclasses.replace(real, shapes={name: shape}, memory_bound=False)
+    )
+    outputs, seconds = [], iter([6e-6, 3e-6, 10e-6, 12e-6])
+
+    def measure(function, arrays, **options):
+        compiled = function if isinstance(function, jax.stages.Compiled) else jax.jit(function)
+        outputs.append(np.asarray(compiled(*arrays)))
+        return timing.Timing(next(seconds), 0.0, options["method"])
+
+    monkeypatch.setattr(timing, "measure", measure)
+    out = tmp_path / "h100_quantized_ablation.csv"
+    with device.assume(dataclasses.replace(device.H100, num_cores=2)), interpreters.mosaic_gpu(threads.STAND_INS):
+        assert quantized_ablation.main([f"--shapes={name}", "--stages=2", f"--out={out}"]) == 0
+    arguments = shape.make("bfloat16", jax.random.key(0))
+    wanted = np.asarray(arguments["x"].astype(jnp.float32) @ arguments["weight"].dequantize(), np.float32)
+    scale = np.abs(wanted).max()
+    for output, right in zip(outputs, (False, False, True, True), strict=True):
+        assert bool(np.abs(output.astype(np.float32) - wanted).max() < 0.02 * scale) is right
+    told = capsys.readouterr().out
+    assert "| 2 | yes | 12 |" in told
+    assert "| 0.833 | 6 (50 % less) | 3 (75 % less) |" in told
+    measured = rows.read(out, rows.AblationRow)
+    assert [(row.shape, row.stages, row.scales_ahead) for row in measured] == [(name, "2", "no"), (name, "2", "yes")]
+    assert [(row.scales_percent, row.decoding_percent) for row in measured] == [("40", "70"), ("50", "75")]
+
+
+def test_words_as_they_are_are_multiplied_as_often():
+    operands = [["word"] * 4] * 2, [[["scale"] * 4] * 2] * 2, [[list("abcdefgh")] * 4] * 2
+    counts = []
+    for function in (lanes.strips, quantized_ablation.words_as_weights):
+        do = mock.Mock()
+        function(do, [[0, 0], [0, 0]], *operands)
+        counts.append([call.args[2] for call in do.mma.call_args_list])
+    assert len(counts[0]) == 4 * 4 * 2
+    assert counts[0] == counts[1]
+
+
+def test_ablation_knows_its_shapes(capsys):
+    with pytest.raises(SystemExit):
+        quantized_ablation.main(["--shapes=none"])
+    assert "--shapes: unknown none; see pallas_kernels/quantized_matmul/shapes.py" in capsys.readouterr().err

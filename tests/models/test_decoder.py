@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from models import Decoder, Generator, KVCache, Llama, LlamaConfig, Tokenizer
+from models.decoder import _norm
 from pallas_kernels import explain
 from tests.models.random_model import SMALLEST, VARIANTS, random_model
 
@@ -191,3 +192,12 @@ def test_scales_of_norms_that_stay_apart_change_nothing():
     last, _ = step(apart, tokens[:, 8], cache)
     expected = run(build(SMALLEST), tokens)
     np.testing.assert_allclose(jnp.concatenate([logits, last[:, None]], 1), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (1, 1, 96), (3, 96)])
+def test_a_single_row_is_normed_as_any_other(shape):
+    random = np.random.default_rng(0)
+    x, scale = random.standard_normal(shape), random.standard_normal(96)
+    expected = x * scale / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5)
+    got = jax.jit(_norm, static_argnums=2)(jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32), 1e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)

@@ -25,6 +25,8 @@ pytestmark = pytest.mark.timeout(120, method="thread")
 CASES = {
     "mixed": (Shape(8, 128, 512), MosaicGpuConfig(stages=2)),
     "mixed_few": (Shape(3, 80, 528, activation="silu", bias=True), MosaicGpuConfig(stages=3)),
+    "scales_ahead": (Shape(3, 80, 528), MosaicGpuConfig(stages=2, scales_ahead=True)),
+    "scales_ahead_4": (Shape(8, 128, 400, "int4"), MosaicGpuConfig(tiles=2, stages=1, scales_ahead=True)),
     "mixed_wide": (Shape(16, 160, 272, activation="swiglu", four_bit_strips=0), MosaicGpuConfig(stages=1)),
     "mixed_many": (Shape(24, 64, 256, four_bit_strips=16), MosaicGpuConfig(stages=2)),
     "int4": (Shape(8, 128, 400, "int4", bias=True), MosaicGpuConfig(tiles=2, stages=3)),
@@ -57,6 +59,8 @@ def _call(arguments, config):
         *CASES.values(),
         (Shape(8, 192, 2048), MosaicGpuConfig(num_splits=4)),
         (Shape(1, 176, 2048), MosaicGpuConfig(shares=4)),
+        (Shape(1, 176, 2048), MosaicGpuConfig(shares=4, num_splits=2, scales_ahead=True)),
+        (Shape(8, 256, 768, activation="swiglu"), MosaicGpuConfig(stages=1, scales_ahead=True)),
         (Shape(4, 192, 2000, activation="swiglu", bias=True), MosaicGpuConfig(shares=2)),
         (Shape(2, 72, 1040, "int4", bias=True), MosaicGpuConfig(shares=4, num_splits=2)),
         (Shape(3, 40, 528, "int8"), MosaicGpuConfig(shares=2)),

@@ -64,12 +64,22 @@ def words(halves: np.ndarray) -> np.ndarray:
     return parts[..., 0, :] | parts[..., 1, :] << np.uint32(16)
 
 
-def strips(sums, words, stats, steps, x, *, stretches):
+def scales(stats, steps):
+    """`ptx.scales` by the threads of four warps."""
+    pairs = np.empty((2, 64, 16), np.uint32)
+    for warp in range(4):
+        pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
+        computed = lanes.scales(Threads(), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)])
+        for p, output, i in np.ndindex(2, 2, 4):
+            pairs[p, 16 * warp + GROUP + 8 * output, 4 * QUAD + i] = computed[p][output][i]
+    return list(pairs)
+
+
+def strips(sums, words, scales, x, *, stretches):
     """`ptx.strips` by the threads of four warps."""
     of_threads = [[[_sums(s, warp, m) for m in range(0, s.shape[1], 8)] for s in sums] for warp in range(4)]
     for warp, parts in enumerate(of_threads):
-        pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
-        own = _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
+        own = _words(words, warp, 4), [_words(one, warp, 4) for one in scales]
         of_threads[warp] = lanes.strips(Threads(), parts, *own, _rows(x), stretches)
     return [_array(s, [parts[i] for parts in of_threads]) for i, s in enumerate(sums)]
 
@@ -90,14 +100,10 @@ def integers(total, words, x, scale=None, *, bits):
     return _array(total, of_threads)
 
 
-def strip(words, stats, steps, *, j):
+def strip(words, scales, *, j):
     """`ptx.strip` by the threads of four warps."""
-    of_warps = []
-    for warp in range(4):
-        pair = _uint32(steps[warp].reshape(4, 2, 2))  # [c, pair]
-        own = _words(words, warp, 4), [w[0] for w in _words(stats, warp, 1)], [pair[QUAD, p] for p in range(2)]
-        of_warps.append(lanes.strip(Threads(), *own, j))
-    return _operand(of_warps)
+    own = [(_words(words, warp, 4), [_words(one, warp, 4) for one in scales]) for warp in range(4)]
+    return _operand([lanes.strip(Threads(), *of_warp, j) for of_warp in own])
 
 
 def stretch(words, scales=None, *, j, bits):
@@ -130,7 +136,7 @@ def take_codes(words, scale=None):
 
 
 def take(ring, arrays, output, chunk):
-    """`Ring.take`, from where the ring copies it."""
+    """Words and scales of `Ring.take_words` and `Ring.take_scales`, from where the ring copies them."""
     blocks = np.minimum(output // 16 + np.arange(4), len(arrays[0]) - 1)
     rows = (16 * blocks[:, None] + np.arange(16)).ravel()
     if ring.per_group:
@@ -156,14 +162,15 @@ def take_rows(ring, x, chunk, index=None, *, rows, stretches):
     return np.where(inputs < x.shape[1], read, 0).astype(x.dtype)
 
 
-def take_rows_in_order(x, chunk, index=None, *, rows, inputs, mains):
-    """`ring.take_rows_in_order`: pairs of a strip come where wgmma reads those of a thread."""
+def copy_rows_in_order(to, x, chunk, index=None, *, inputs, mains):
+    """`ring.copy_rows_in_order`: pairs of a strip come where wgmma reads those of a thread. What is not there is NaN."""
     strips = inputs // 16 * chunk + np.arange(inputs // 16)
     if index is not None and chunk >= mains:
         strips = index[16 * (chunk - mains) + np.arange(16)]
     places = (16 * strips[:, None] + np.arange(16)).reshape(-1, 4, 8, 2).swapaxes(1, 2).ravel()
-    read = np.where(places < x.shape[1], x[:, np.minimum(places, x.shape[1] - 1)], 0)
-    return np.pad(read, ((0, rows - len(x)), (0, 0))).astype(x.dtype)
+    copied = np.full_like(to, np.nan)
+    copied[: len(x)] = np.where(places < x.shape[1], x[:, np.minimum(places, x.shape[1] - 1)], 0)
+    return [copied]
 
 
 def _words(words, warp: int, count: int) -> list[list[np.ndarray]]:
@@ -200,9 +207,11 @@ def _array(like, of_threads) -> np.ndarray:
     return out
 
 
-def _stand_in(function):
+def _stand_in(function, writes=False):
+    """Of a function of constants and arrays; one that writes returns what lies at its first reference then."""
+
     def of_equation(eqn, *values):
-        results = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+        results = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (values[:1] if writes else (v.aval for v in eqn.outvars))]
         arguments = jax.tree.unflatten(eqn.params["pytree_args"], values)
         constants = inspect.getclosurevars(eqn.params["mgpu_fn"]).nonlocals
         run = functools.partial(function, constants)
@@ -213,22 +222,22 @@ def _stand_in(function):
 
 # For `interpreters.mosaic_gpu`: of constants that an inline function closes over, and arrays.
 STAND_INS = {
+    "quantized_scales": _stand_in(lambda its, *arrays: scales(*arrays)),
     "quantized_strips": _stand_in(lambda its, *arrays: strips(*arrays, stretches=its["stretches"])),
     "quantized_integers": _stand_in(lambda its, *arrays: [integers(*arrays, bits=its["bits"])]),
     "quantized_strip": _stand_in(lambda its, *arrays: [strip(*arrays, j=its["j"])]),
     "quantized_stretch": _stand_in(lambda its, *arrays: [stretch(*arrays, j=its["j"], bits=its["bits"])]),
     "quantized_take_digits": _stand_in(lambda its, *arrays: take_digits(*arrays)),
     "quantized_take_codes": _stand_in(lambda its, *arrays: take_codes(*arrays)),
-    "quantized_take_rows_in_order": _stand_in(
-        lambda its, *arrays: [
-            take_rows_in_order(*arrays, rows=its["rows"], inputs=its["inputs"], mains=its["mains"])
-        ]
+    "quantized_copy_rows_in_order": _stand_in(
+        lambda its, *arrays: copy_rows_in_order(*arrays, inputs=its["inputs"], mains=its["mains"]), writes=True
     ),
-    "quantized_take": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)),
+    "quantized_take_words": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)[:1]),
+    "quantized_take_scales": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)[1:]),
     "quantized_take_rows": _stand_in(
         lambda its, slots, slot, *arrays: [
             take_rows(its["ring"], *arrays, rows=its["rows"], stretches=its["stretches"])
         ]
     ),
-    **dict.fromkeys(("quantized_start", "quantized_wait"), lambda equation, *values: []),
+    **dict.fromkeys(("quantized_start", "quantized_start_scales", "quantized_wait"), lambda equation, *values: []),
 }
