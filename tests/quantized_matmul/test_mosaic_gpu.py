@@ -66,6 +66,11 @@ def _call(arguments, config):
         (Shape(3, 40, 528, "int8"), MosaicGpuConfig(shares=2)),
         (Shape(1, 128, 1024, "int4"), MosaicGpuConfig(num_splits=3)),
         (Shape(40, 256, 768, activation="swiglu"), MosaicGpuConfig(num_splits=2, stages=2)),
+        (Shape(16, 192, 2048, bias=True), Sm90Config(3, stages=3, num_splits=2)),
+        (Shape(64, 512, 1040, activation="swiglu", bias=True), Sm90Config(2, num_splits=2)),
+        (Shape(33, 200, 528, "int4", bias=True), Sm90Config(4, num_splits=3)),
+        (Shape(48, 640, 1024, "int8", activation="gelu"), Sm90Config(1, tiles=2, num_splits=2)),
+        (Shape(64, 320, 4096), Sm90Config(3, stages=3, num_splits=5)),
     ],
     ids=str,
 )
