@@ -34,7 +34,7 @@ def mosaic_gpu(stand_ins: Mapping[str, Callable] = types.MappingProxyType({}), *
     """Kernels built inside run in the Mosaic GPU interpreter; `options` are InterpretGPUParams' own.
 
     `stand_ins` say what functions of inline instructions mean, by name: of the equation and arrays, of references what
-    lies there, a list of arrays; one more than the function returns is stored at the first reference.
+    lies there, a list of arrays.
 
     Several simulated CPU devices are needed (tests/conftest.py): with one, threads that wait at barriers can take all
     of XLA's.
@@ -217,17 +217,13 @@ class _MosaicGpuRules:
         if function.__name__ in self.waits:
             return self.call(interpreter, eqn, token, self.waits[function.__name__]), []
         if function.__name__ != "bar_op":
-            values, keys = list(values), []
+            values = list(values)
             for i, atom in enumerate(eqn.invars[: len(values)]):
                 if isinstance(atom.aval, self.state.AbstractRef):
                     key, own = self.resolve(atom.aval, values[i], transforms[i])
                     shape = own[-1].get_indexer_shape() if own else atom.aval.shape  # they are indices, all of them
                     token, values[i] = self.get(interpreter, eqn, token, key, shape, atom.aval.dtype, own)
-                    keys.append((key, own))
-            results = self.stand_ins[function.__name__](eqn, *values)
-            if len(results) > len(eqn.outvars):
-                token = self.put(interpreter, eqn, token, *keys[0], results.pop())
-            return token, results
+            return token, self.stand_ins[function.__name__](eqn, *values)
         closure = inspect.getclosurevars(function).nonlocals
         token = self.callbacks.call_named_barrier(
             token,
@@ -271,20 +267,6 @@ class _MosaicGpuRules:
             transforms=transforms,
             source_info=eqn.source_info,
         )
-
-    def put(self, interpreter, eqn, token, key, transforms, value):
-        token, _ = self.callbacks.call_swap(
-            token=token,
-            result_shape_and_dtype=jax.ShapeDtypeStruct(value.shape, value.dtype),
-            mesh_location=interpreter.mesh_location,
-            thread=interpreter.thread,
-            allocation_key_as_array=key,
-            transforms=transforms,
-            val=value,
-            mask=None,
-            source_info=eqn.source_info,
-        )
-        return token
 
     def free(self, interpreter, eqn, token, key):
         return self.callbacks.call_deallocate_buffer(

@@ -72,9 +72,9 @@ def kinds(implementation: str) -> tuple[type, ...]:
     return CONFIGS.get(implementation, ())
 
 
-def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfig:
-    """A good configuration without measuring anything (but once: docs/performance.md). About three blocks for each
-    multiprocessor; for more rows larger ones, for each block reads all of x.
+def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfig | Sm90Config:
+    """A good configuration without measuring anything (but once: docs/performance.md). For a few rows about three blocks
+    for each multiprocessor; for more larger ones, for each block reads all of x.
     """
     if implementation not in CONFIGS:
         raise ValueError(f"quantized_matmul has no configuration for {implementation!r}.")
@@ -84,13 +84,42 @@ def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfi
     if s["M"] <= 4:
         shares = next((n for n in (4, 2) if n * blocks <= 5 * num_sms), 1)
         return MosaicGpuConfig(1, stages, shares)
+    if hopper and s["M"] > 8:
+        return _sm90(call, blocks, num_sms)
     # Two blocks of a cluster, unless one for each strip of outputs comes out even.
     num_splits = 1 if not hopper or 2 * num_sms < blocks < 6 * num_sms else 2
     if s["M"] <= 8:
         return MosaicGpuConfig(1, stages, num_splits=num_splits)
     if parts_of(call.option("activation")) == 1 and blocks >= (2 * num_sms if s["M"] <= 32 else num_sms):
         return MosaicGpuConfig(2, 2)
-    return MosaicGpuConfig(1, 2, num_splits=2 if hopper else 1)
+    return MosaicGpuConfig(1, 2)
+
+
+# Clusters of so many blocks that all multiprocessors hold at once, for each of 132: theirs are not a multiple of all sizes.
+_CLUSTERS = {1: 132, 2: 66, 3: 32, 5: 22}
+
+
+def _sm90(call: Call, tiles: int, num_sms: int) -> Sm90Config:
+    """The least of a model: microseconds of a chunk for so many warpgroups, those of all chunks of all rounds of blocks, and
+    of a cluster's sum."""
+    s, parts, inputs = call.sizes, parts_of(call.option("activation")), chunk_inputs(call.option("bits"))
+    rows, tail = s["M"] + -s["M"] % 8, (call.option("tail_strips") or 0) * 16
+    chunks = -(-s["K"] // inputs) + -(-tail // inputs)
+
+    def cost(config: Sm90Config) -> float:
+        groups, splits = config.warpgroups, config.num_splits
+        rounds = -(-(-(-tiles // groups)) * 132 // (_CLUSTERS[splits] * num_sms))
+        chunk = (0.45 + parts * groups * (0.13 + 0.0025 * rows)) * inputs / 256
+        return rounds * -(-chunks // splits) * chunk + (1.2 * splits if splits > 1 else 0)
+
+    def stages(groups: int) -> int:
+        # What is left of 224 KiB, of x and of words and scales; those of int4 are less.
+        left = 224 * 1024 - groups * 128 * rows
+        return max(2, min(6, left // (2 * rows * inputs + 5376 * parts * groups)))
+
+    groups = range(1, 5) if parts == 1 else (1, 2)
+    choices = [Sm90Config(g, 1, stages(g), n) for g in groups for n in _CLUSTERS if n <= chunks]
+    return min(choices, key=cost)
 
 
 def chunk_inputs(bits: int | str) -> int:
@@ -98,12 +127,19 @@ def chunk_inputs(bits: int | str) -> int:
     return 16 * 32 // (2 if bits == "mixed_2_4" else int(bits))
 
 
-def search_space(call: Call, device: Device, implementation: str) -> Iterator[MosaicGpuConfig]:
+def search_space(call: Call, device: Device, implementation: str) -> Iterator[MosaicGpuConfig | Sm90Config]:
     """Configurations worth measuring."""
     if implementation not in CONFIGS:
         return
+    hopper = device.arch == "sm90"
+    if hopper and call.sizes["M"] > 8:
+        for warpgroups in (1, 2, 3, 4):
+            for num_splits in (1, 2, 3, 5):
+                for stages in (3, 4):
+                    yield Sm90Config(warpgroups, 1, stages, num_splits)
+        return
     for stages in (2, 3, 4):
-        for num_splits in (1, 2, 3, 4) if device.arch == "sm90" else (1,):
+        for num_splits in (1, 2, 3, 4) if hopper else (1,):
             for tiles in (1, 2):
                 yield MosaicGpuConfig(tiles, stages, num_splits=num_splits)
         for shares in (2, 4):

@@ -206,6 +206,7 @@ def _outputs(
     blocks = -(-O // n)
     # Copies on Hopper leave alone what is not there, in whole tiles. The rest is cut off afterwards.
     columns = O if shares > 1 or (hopper and O % TILE == 0) else blocks * n
+    rows = padded if by_copies and M > 8 else M  # they leave out some of the first 8, but not of others
 
     def kernel(*refs, slots: Ref, out_smem: Any = None, twice: Any = None, partial: Any = None):
         x_gmem, given, out_gmem = refs[0], iter(refs[1:-1]), refs[-1]
@@ -325,7 +326,7 @@ def _outputs(
         scratch["partial"] = plgpu.SMEM((parts * tiles, TILE, padded), jnp.float32)
     out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(*((M, columns), x.dtype) if whole else ((columns, padded), jnp.float32)),
+        out_type=jax.ShapeDtypeStruct(*((rows, columns), x.dtype) if whole else ((columns, padded), jnp.float32)),
         grid=(blocks,),
         grid_names=("block",),
         **({"cluster": (splits,), "cluster_names": ("split",)} if splits > 1 else {}),
@@ -338,4 +339,4 @@ def _outputs(
         ),
     )(x, *per_output.values(), *arrays)
     # Ampere has no copies out of shared memory that would turn Z^T around: XLA does.
-    return out[:, :O] if whole else out[:O, :M].T.astype(x.dtype)
+    return out[:M, :O] if whole else out[:O, :M].T.astype(x.dtype)

@@ -49,6 +49,12 @@ ROWS = _tiled(((8, 64), (8, 16), (8,)), (_EVERY_WARP,), (-3, -4))
 SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)
 
 
+def rows_in_order(inputs: int) -> Any:
+    """[rows, inputs] of two adjacent columns, 8 g + 2 c and one more, of a stretch of 64 in each warp."""
+    stretches = inputs // 64
+    return _tiled(((4 // stretches, inputs), (1, 64), (8,), (2,)), (-6, -5), (-3, -2))
+
+
 def scales(stats: jax.Array, steps: jax.Array) -> list[jax.Array]:
     """`lanes.scales` of every thread, of stats [64, 4] and steps [4, 16]: for each of two pairs of strips [64, 16], a
     thread's four words of an output side by side."""

@@ -39,6 +39,7 @@ from pallas_kernels.quantized_matmul.ptx import (
     i32,
     inline,
     result,
+    rows_in_order,
 )
 
 THREADS, PIECE = 128, 16  # bytes that a thread copies at a time
@@ -254,41 +255,34 @@ def take_codes(words: Ref, scale: Ref | None = None) -> tuple[jax.Array, ...]:
     return inline(quantized_take_codes, (_REF,) * len(given), kinds[: len(given)], *given)
 
 
-def copy_rows_in_order(to: Ref, x: Ref, chunk: Any, index: Ref | None, inputs: int, mains: int) -> None:
-    """Rows of x, in global memory, of a chunk to shared memory [rows, inputs] in tiles [8, 64] with swizzled rows: of each 64
-    inputs, those of strip c as columns 8 p + 2 c and one more, for all p. Chunks from `mains` on are of strips that `index`
-    tells. A warp reads 128 adjacent bytes at a time, and writes to all banks. Each call is a group to wait for."""
+def take_rows_in_order(x: Ref, index: Ref | None, chunk: Any, rows: int, inputs: int, mains: int) -> jax.Array:
+    """Rows of x, in global memory, of a chunk of so many inputs, [rows, inputs]: of each 64 inputs, those of strip c come
+    as columns 8 p + 2 c and one more, for all p. Chunks from `mains` on are of strips that `index` tells. What x does not
+    have is 0."""
 
-    def quantized_copy_rows_in_order(_, to, x, chunk, index=None):
+    def quantized_take_rows_in_order(_, x, chunk, index=None):
         (M, K), thread, of_row = _shape(x), Thread.own(), inputs // 64
-        first, j, chunk = _div(thread.warp, of_row), _rem(thread.warp, of_row), chunk.registers[()]
-        # Of a strip in each four lanes, a pair in each of the eight quads.
-        within = arith.addi(arith.muli(j, constant(4)), thread.c)
-        strip = arith.addi(arith.muli(chunk, constant(inputs // 16)), within)
-        if index is not None:
+        first_row, strip = _div(thread.warp, of_row), arith.addi(arith.muli(_rem(thread.warp, of_row), constant(4)), thread.c)
+        chunk, strips = chunk.registers[()], constant(inputs // 16)
+        if index is None:
+            strip = arith.addi(arith.muli(chunk, strips), strip)
+        else:
+            of_tail = arith.addi(arith.muli(arith.subi(chunk, constant(mains)), strips), strip)
             beyond = arith.cmpi(arith.CmpIPredicate.sge, chunk, constant(mains))
-            place = arith.addi(arith.muli(arith.subi(chunk, constant(mains)), constant(16)), within)
-            strip = arith.select(beyond, _look_up(_element(index, None, place), beyond), strip)
+            looked_up = _look_up(_element(index, None, of_tail), beyond)
+            strip = arith.select(beyond, looked_up, arith.addi(arith.muli(chunk, strips), strip))
         inside = arith.cmpi(arith.CmpIPredicate.slt, strip, constant(K // 16))
-        size = arith.select(inside, constant(4), constant(0))
-        strip = arith.select(inside, strip, constant(0))  # a copy of nothing still wants an address
-        source = _element(x, first, arith.addi(arith.muli(strip, constant(16)), arith.muli(thread.g, constant(2))))
-        own = Address.of(to).to(1024, j, 128, first, 4, thread.c)
-        # The swizzle: 16 bytes number p of row r are at p ^ r.
-        sixteen = arith.muli(arith.xori(thread.g, first), constant(16))
-        for row in range(0, M, 4 // of_row):
-            group, r = divmod(row, 8)
-            at = arith.addi(own, arith.xori(sixteen, constant(16 * r)))
-            target = arith.addi(at, constant(group * of_row * 1024 + 128 * r))
-            there = arith.cmpi(arith.CmpIPredicate.slt, first, constant(M - row))
-            operands = [target, _beside(source, constant(row * K), x), size, there]
-            code = "@$3 cp.async.ca.shared.global [$0], [$1], 4, $2;"
-            llvm.inline_asm(ir.Type.parse("!llvm.void"), operands, code, "r,l,r,b", has_side_effects=True)
-        mgpu.utils.inline_ptx("cp.async.commit_group;")
+        column = arith.addi(arith.muli(strip, constant(16)), arith.muli(thread.g, constant(2)))
+        own, read = _element(x, first_row, column), []
+        for row in range(0, rows, 4 // of_row):
+            there = arith.cmpi(arith.CmpIPredicate.slt, first_row, constant(M - row))
+            address = _beside(own, constant(row * K), x)
+            read.append([_look_up(address, arith.andi(inside, there))])
+        return array(rows_in_order(inputs), (rows, inputs), jnp.bfloat16, read)
 
-    tiles = plgpu.RefType((plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))  # type: ignore[attr-defined]
-    given = [to, x, chunk] if index is None else [to, x, chunk, index]
-    inline(quantized_copy_rows_in_order, (tiles, _REF, _NUMBER, _REF)[: len(given)], (), *given)
+    given = [x, chunk] if index is None else [x, chunk, index]
+    shape = result(rows_in_order(inputs), (rows, inputs), "bfloat16")
+    return inline(quantized_take_rows_in_order, (_REF, _NUMBER, _REF)[: len(given)], shape, *given)
 
 
 # --- In registers ---------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ A block takes n outputs, 64 of each warpgroup at a time, and walks along the inp
     multiply   Z^T [64, M] += W^ [64, 64] X^T [64, M]  while other warpgroups decode
 
 Thread c of a quad has strip c of four, and for wgmma that is columns 2 c, 2 c + 1, 2 c + 8, ... of a stretch of 64. Which
-inputs a product sums over is free, as long as both operands agree: another warpgroup, which asks for all copies, brings
-rows of x into that order (`ring.copy_rows_in_order`), and looks up which strips those of the tail are.
+inputs a product sums over is free, as long as both operands agree: a few rows of x are brought into that order by the
+warpgroup that asks for all copies, with the strips of the tail behind (`ring.take_rows_in_order`); many rows would take
+it longer than the products, so that XLA does it before (`in_order`).
 
 Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, sections 2 and 3.
 """
@@ -36,6 +37,23 @@ Ref = Any
 BLOCKS = TILE // 16  # of 16 outputs, in a tile
 
 
+# Rows that the copying warpgroup brings into order while others multiply; more are in order before.
+FEW_ROWS = 16
+
+
+def in_order(x: jax.Array, strips: int, tail_index: jax.Array | None) -> jax.Array:
+    """Rows of x [M, K] as products take them, [M', 16 S]: M' is a multiple of 8, and of each 64 inputs the pair 2 p, 2 p +
+    1 of strip c is at 8 p + 2 c. `strips` of x, padded, and behind them those of `tail_index`."""
+    M, K = x.shape
+    pairs = lax.bitcast_convert_type(x.reshape(M, K // 2, 2), jnp.uint32)
+    pairs = jnp.pad(pairs, ((0, -M % 8), (0, 8 * strips - K // 2))).reshape(-1, strips, 8)
+    if tail_index is not None:
+        pairs = jnp.concatenate([pairs, pairs[:, tail_index]], axis=1)
+    rows = len(pairs)
+    pairs = pairs.reshape(rows, -1, 4, 8).swapaxes(2, 3).reshape(rows, -1)
+    return lax.bitcast_convert_type(pairs, x.dtype).reshape(rows, -1)
+
+
 # --- Kinds of weights ----------------------------------------------------------------------------------------
 
 
@@ -54,8 +72,11 @@ class _Digits:
         if len(planes) > 1:
             self.arrays.append(weight.tail_index)
 
-    def index_of(self, arrays: Sequence[Ref]) -> Ref | None:
+    def index_of[T](self, arrays: Sequence[T]) -> T | None:
         return arrays[6] if len(arrays) > 6 else None
+
+    def in_order(self, x: jax.Array) -> jax.Array:
+        return in_order(x, 16 * self.mains, self.index_of(self.arrays))
 
     def memory(self, blocks: int) -> list[tuple[tuple[int, ...], Any]]:
         dtypes = (jnp.uint32, jnp.uint32, jnp.bfloat16)
@@ -104,6 +125,9 @@ class _Codes:
     def index_of(self, arrays: Sequence[Ref]) -> None:
         return None
 
+    def in_order(self, x: jax.Array) -> jax.Array:
+        return in_order(x, self.chunks * chunk_inputs(self.bits) // 16, None)
+
     def memory(self, blocks: int) -> list[tuple[tuple[int, ...], Any]]:
         return [((blocks, 256), jnp.uint32), *([((16 * blocks,), jnp.bfloat16)] if self.grouped else [])]
 
@@ -138,7 +162,8 @@ def outputs(
     (M, K), N, parts = x.shape, weight.shape[1], parts_of(activation)
     groups, tiles, stages, splits = config.warpgroups, config.tiles, config.stages, min(config.num_splits, at.chunks)
     O, inputs, n = N // parts, chunk_inputs(weight.bits if isinstance(weight, IntWeight) else 2), TILE * groups * tiles
-    padded, blocks, per_part = M + -M % 8, -(-O // n), BLOCKS * groups * tiles
+    padded, blocks, per_part, ordered = M + -M % 8, -(-O // n), BLOCKS * groups * tiles, M > FEW_ROWS
+    rows = M if M < 8 else padded  # of the output: copies leave out some of the first 8, but not of others
     # Copies leave alone what is not there, in whole tiles. The rest is cut off afterwards.
     columns = O if O % TILE == 0 else blocks * n
 
@@ -154,30 +179,28 @@ def outputs(
         count = end - begin
 
         def copy() -> None:
-            behind = min(2, stages - 1)  # steps that rows of x may be on their way
-
-            @pl.loop(0, count + behind)
+            @pl.loop(0, count)
             def _(step):
-                @pl.when(step < count)
-                def _():
-                    slot = lax.rem(step, stages)
-                    # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
-                    chunk = begin + lax.rem(step + block, count)
-                    pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                    for part in range(parts):
+                slot = lax.rem(step, stages)
+                # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
+                chunk = begin + lax.rem(step + block, count)
+                rows = None
+                if not ordered:
+                    rows = ring.take_rows_in_order(x_gmem, at.index_of(gmem), chunk, padded, inputs, at.mains)
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                for part in range(parts):
 
-                        def piece(i: int, source: Ref, *within: Any, part: int = part) -> None:
-                            plgpu.copy_gmem_to_smem(source, slots[i].at[slot, part, *within], full.at[slot])
+                    def piece(i: int, source: Ref, *within: Any, part: int = part) -> None:
+                        plgpu.copy_gmem_to_smem(source, slots[i].at[slot, part, *within], full.at[slot])
 
-                        at.copy(gmem, chunk, lax.div(part * O, 16) + block * per_part, per_part, piece)
-                    ring.copy_rows_in_order(x_slots.at[slot], x_gmem, chunk, at.index_of(gmem), inputs, at.mains)
-
-                @pl.when(step >= behind)
-                def _():
-                    pl.when(step < count)(lambda: ring.wait(but=behind))
-                    pl.when(step >= count)(lambda: ring.wait(but=0))
+                    at.copy(gmem, chunk, lax.div(part * O, 16) + block * per_part, per_part, piece)
+                if rows is None:
+                    here = x_gmem.at[:, pl.ds(chunk * inputs, inputs)]
+                    plgpu.copy_gmem_to_smem(here, x_slots.at[slot], full.at[slot])
+                else:
+                    x_slots[slot] = rows
                     plgpu.commit_smem()
-                    plgpu.barrier_arrive(full.at[lax.rem(step - behind, stages)])
+                    plgpu.barrier_arrive(full.at[slot])
 
         def multiply(*sums: Ref) -> list[jax.Array]:
             @pl.loop(0, count)
@@ -261,7 +284,7 @@ def outputs(
         scratch |= {"shared": plgpu.RefUnion(shared, partial), "done": plgpu.Barrier(num_arrivals=groups)}
     out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((M, columns), x.dtype),
+        out_type=jax.ShapeDtypeStruct((rows, columns), x.dtype),
         grid=(blocks,),
         grid_names=("block",),
         **({"cluster": (splits,), "cluster_names": ("split",)} if splits > 1 else {}),
@@ -274,8 +297,8 @@ def outputs(
             transcendentals=M * O if activation else 0,
             bytes_accessed=weight.nbytes + 2 * M * (K + O),
         ),
-    )(x, *per_output.values(), *at.arrays)
-    return out[:, :O]
+    )(at.in_order(x) if ordered else x, *per_output.values(), *at.arrays)
+    return out[:M, :O]
 
 
 def _along_rows(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:

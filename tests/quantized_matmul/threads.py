@@ -162,15 +162,14 @@ def take_rows(ring, x, chunk, index=None, *, rows, stretches):
     return np.where(inputs < x.shape[1], read, 0).astype(x.dtype)
 
 
-def copy_rows_in_order(to, x, chunk, index=None, *, inputs, mains):
-    """`ring.copy_rows_in_order`: pairs of a strip come where wgmma reads those of a thread. What is not there is NaN."""
+def take_rows_in_order(x, chunk, index=None, *, rows, inputs, mains):
+    """`ring.take_rows_in_order`: pairs of a strip come where wgmma reads those of a thread."""
     strips = inputs // 16 * chunk + np.arange(inputs // 16)
     if index is not None and chunk >= mains:
         strips = index[16 * (chunk - mains) + np.arange(16)]
     places = (16 * strips[:, None] + np.arange(16)).reshape(-1, 4, 8, 2).swapaxes(1, 2).ravel()
-    copied = np.full_like(to, np.nan)
-    copied[: len(x)] = np.where(places < x.shape[1], x[:, np.minimum(places, x.shape[1] - 1)], 0)
-    return [copied]
+    read = np.where(places < x.shape[1], x[:, np.minimum(places, x.shape[1] - 1)], 0)
+    return np.pad(read, ((0, rows - len(x)), (0, 0))).astype(x.dtype)
 
 
 def _words(words, warp: int, count: int) -> list[list[np.ndarray]]:
@@ -207,11 +206,9 @@ def _array(like, of_threads) -> np.ndarray:
     return out
 
 
-def _stand_in(function, writes=False):
-    """Of a function of constants and arrays; one that writes returns what lies at its first reference then."""
-
+def _stand_in(function):
     def of_equation(eqn, *values):
-        results = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (values[:1] if writes else (v.aval for v in eqn.outvars))]
+        results = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
         arguments = jax.tree.unflatten(eqn.params["pytree_args"], values)
         constants = inspect.getclosurevars(eqn.params["mgpu_fn"]).nonlocals
         run = functools.partial(function, constants)
@@ -229,8 +226,10 @@ STAND_INS = {
     "quantized_stretch": _stand_in(lambda its, *arrays: [stretch(*arrays, j=its["j"], bits=its["bits"])]),
     "quantized_take_digits": _stand_in(lambda its, *arrays: take_digits(*arrays)),
     "quantized_take_codes": _stand_in(lambda its, *arrays: take_codes(*arrays)),
-    "quantized_copy_rows_in_order": _stand_in(
-        lambda its, *arrays: copy_rows_in_order(*arrays, inputs=its["inputs"], mains=its["mains"]), writes=True
+    "quantized_take_rows_in_order": _stand_in(
+        lambda its, *arrays: [
+            take_rows_in_order(*arrays, rows=its["rows"], inputs=its["inputs"], mains=its["mains"])
+        ]
     ),
     "quantized_take_words": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)[:1]),
     "quantized_take_scales": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)[1:]),
