@@ -85,6 +85,8 @@ def ablate(name: str, stages: Sequence[int], method: str, budget: float) -> Iter
     arguments = shape.make("bfloat16", jax.random.key(0))
     truth = Truth(OPERATION, arguments, "forward", exact=not shape.large)
     usual = config_lib.heuristic(api.describe(**arguments), device_lib.current(), "mosaic_gpu")
+    if not isinstance(usual, config_lib.MosaicGpuConfig):
+        raise ValueError(f"{shape} takes {usual}, which has no such stages; choose one of at most 8 rows")
     for count in stages:
         without = {}
         for part in LEFT_OUT:

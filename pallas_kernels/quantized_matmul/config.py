@@ -3,6 +3,7 @@
 `reference` have none."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from pallas_kernels.core.activations import parts_of
@@ -73,8 +74,8 @@ def kinds(implementation: str) -> tuple[type, ...]:
 
 
 def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfig | Sm90Config:
-    """A good configuration without measuring anything (but once: docs/performance.md). For a few rows about three blocks
-    for each multiprocessor; for more larger ones, for each block reads all of x.
+    """A good configuration without measuring anything (but once: docs/performance.md). For a few rows about three
+    blocks for each multiprocessor; for more larger ones, for each block reads all of x.
     """
     if implementation not in CONFIGS:
         raise ValueError(f"quantized_matmul has no configuration for {implementation!r}.")
@@ -95,12 +96,12 @@ def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfi
     return MosaicGpuConfig(1, 2)
 
 
-# Clusters of so many blocks that all multiprocessors hold at once, for each of 132: theirs are not a multiple of all sizes.
+# Clusters of so many blocks that 132 multiprocessors hold at once: they come in groups, of 16 and 18.
 _CLUSTERS = {1: 132, 2: 66, 3: 32, 5: 22}
 
 
 def _sm90(call: Call, tiles: int, num_sms: int) -> Sm90Config:
-    """The least of a model: microseconds of a chunk for so many warpgroups, those of all chunks of all rounds of blocks, and
+    """The least of a model: microseconds of a chunk for so many warpgroups, of all chunks of all rounds of blocks, and
     of a cluster's sum."""
     s, parts, inputs = call.sizes, parts_of(call.option("activation")), chunk_inputs(call.option("bits"))
     rows, tail = s["M"] + -s["M"] % 8, (call.option("tail_strips") or 0) * 16
@@ -108,7 +109,7 @@ def _sm90(call: Call, tiles: int, num_sms: int) -> Sm90Config:
 
     def cost(config: Sm90Config) -> float:
         groups, splits = config.warpgroups, config.num_splits
-        rounds = -(-(-(-tiles // groups)) * 132 // (_CLUSTERS[splits] * num_sms))
+        rounds = math.ceil(math.ceil(tiles / groups) * 132 / (_CLUSTERS[splits] * num_sms))
         chunk = (0.45 + parts * groups * (0.13 + 0.0025 * rows)) * inputs / 256
         return rounds * -(-chunks // splits) * chunk + (1.2 * splits if splits > 1 else 0)
 

@@ -74,7 +74,12 @@ def supports(call: Call, device: Device) -> Refusal | None:
 
 
 def forward(
-    x: jax.Array, weight: Weight, bias: jax.Array | None, *, activation: str | None, config: MosaicGpuConfig | Sm90Config
+    x: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    *,
+    activation: str | None,
+    config: MosaicGpuConfig | Sm90Config,
 ) -> jax.Array:
     """As `xla.forward`."""
     hopper, parts = copies_of_device().fill, parts_of(activation)

@@ -107,8 +107,8 @@ def integers(total: jax.Array, words: jax.Array, scale: jax.Array | None, x: jax
 
 
 def strip(words: jax.Array, scales: list[jax.Array], j: int) -> jax.Array:
-    """The left operand of a product by wgmma: `lanes.strip` of every thread, [64 outputs, 64], where columns 8 p + 2 c and
-    one more are inputs 2 p and 2 p + 1 of strip 4 j + c of a chunk. Arguments as of `strips`."""
+    """The left operand of a product by wgmma: `lanes.strip` of every thread, [64 outputs, 64], where columns 8 p + 2 c
+    and one more are inputs 2 p and 2 p + 1 of strip 4 j + c of a chunk. Arguments as of `strips`."""
 
     def quantized_strip(_, words, scales):
         words, *scales = ([_words_of(r) for r in one.registers.flat] for one in (words, *scales))

@@ -256,13 +256,16 @@ def take_codes(words: Ref, scale: Ref | None = None) -> tuple[jax.Array, ...]:
 
 
 def take_rows_in_order(x: Ref, index: Ref | None, chunk: Any, rows: int, inputs: int, mains: int) -> jax.Array:
-    """Rows of x, in global memory, of a chunk of so many inputs, [rows, inputs]: of each 64 inputs, those of strip c come
-    as columns 8 p + 2 c and one more, for all p. Chunks from `mains` on are of strips that `index` tells. What x does not
-    have is 0."""
+    """Rows of x, in global memory, of a chunk of so many inputs, [rows, inputs]: of each 64 inputs, those of strip c
+    come as columns 8 p + 2 c and one more, for all p. Chunks from `mains` on are of strips that `index` tells. What x
+    does not have is 0."""
 
     def quantized_take_rows_in_order(_, x, chunk, index=None):
         (M, K), thread, of_row = _shape(x), Thread.own(), inputs // 64
-        first_row, strip = _div(thread.warp, of_row), arith.addi(arith.muli(_rem(thread.warp, of_row), constant(4)), thread.c)
+        first_row, strip = (
+            _div(thread.warp, of_row),
+            arith.addi(arith.muli(_rem(thread.warp, of_row), constant(4)), thread.c),
+        )
         chunk, strips = chunk.registers[()], constant(inputs // 16)
         if index is None:
             strip = arith.addi(arith.muli(chunk, strips), strip)

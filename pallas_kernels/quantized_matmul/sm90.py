@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""quantized_matmul on Hopper for more than a few rows: decoded weights go from registers into wgmma, whose other operand,
-x, is shared by all warps of a block.
+"""quantized_matmul on Hopper for more than a few rows: decoded weights go from registers into wgmma, whose other
+operand, x, is shared by all warps of a block.
 
 A block takes n outputs, 64 of each warpgroup at a time, and walks along the inputs, chunk by chunk:
 
@@ -8,8 +8,8 @@ A block takes n outputs, 64 of each warpgroup at a time, and walks along the inp
     decode     W^ [64, 64]                             a strip of 16 inputs in each thread of a quad, in registers
     multiply   Z^T [64, M] += W^ [64, 64] X^T [64, M]  while other warpgroups decode
 
-Thread c of a quad has strip c of four, and for wgmma that is columns 2 c, 2 c + 1, 2 c + 8, ... of a stretch of 64. Which
-inputs a product sums over is free, as long as both operands agree: a few rows of x are brought into that order by the
+Thread c of a quad has strip c of four, and for wgmma that is columns 2 c, 2 c + 1, 2 c + 8, ... of a stretch of 64.
+Which inputs a product sums over is free, as long as both operands agree: a few rows of x are put into that order by the
 warpgroup that asks for all copies, with the strips of the tail behind (`ring.take_rows_in_order`); many rows would take
 it longer than the products, so that XLA does it before (`in_order`).
 
@@ -42,8 +42,8 @@ FEW_ROWS = 16
 
 
 def in_order(x: jax.Array, strips: int, tail_index: jax.Array | None) -> jax.Array:
-    """Rows of x [M, K] as products take them, [M', 16 S]: M' is a multiple of 8, and of each 64 inputs the pair 2 p, 2 p +
-    1 of strip c is at 8 p + 2 c. `strips` of x, padded, and behind them those of `tail_index`."""
+    """Rows of x [M, K] as products take them, [M', 16 S]: M' is a multiple of 8, and of each 64 inputs the pair
+    2 p, 2 p + 1 of strip c is at 8 p + 2 c. `strips` of x, padded, and behind them those of `tail_index`."""
     M, K = x.shape
     pairs = lax.bitcast_convert_type(x.reshape(M, K // 2, 2), jnp.uint32)
     pairs = jnp.pad(pairs, ((0, -M % 8), (0, 8 * strips - K // 2))).reshape(-1, strips, 8)
@@ -171,7 +171,7 @@ def outputs(
         given, out_gmem = iter(refs[:-1]), refs[-1]
         option = {name: next(given) for name in per_output}
         gmem = list(given)
-        (x_slots, *slots), partial = shared if splits > 1 else (shared, None)
+        (x_slots, *slots), partial = shared if splits > 1 else (shared, shared)
         block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
         zero = lax.div(block, blocks)
         split = lax.axis_index("split") if splits > 1 else zero

@@ -227,9 +227,7 @@ STAND_INS = {
     "quantized_take_digits": _stand_in(lambda its, *arrays: take_digits(*arrays)),
     "quantized_take_codes": _stand_in(lambda its, *arrays: take_codes(*arrays)),
     "quantized_take_rows_in_order": _stand_in(
-        lambda its, *arrays: [
-            take_rows_in_order(*arrays, rows=its["rows"], inputs=its["inputs"], mains=its["mains"])
-        ]
+        lambda its, *arrays: [take_rows_in_order(*arrays, rows=its["rows"], inputs=its["inputs"], mains=its["mains"])]
     ),
     "quantized_take_words": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)[:1]),
     "quantized_take_scales": _stand_in(lambda its, slots, slot, *arrays: take(its["ring"], *arrays)[1:]),
