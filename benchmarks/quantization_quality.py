@@ -114,8 +114,8 @@ class Subject:
                 scored[name] = found[1::2]
             else:
                 held_out = [document for document in documents if document.tobytes() not in trained_on]
-                calibration += rows_of(cut(held_out[0::2], length), 0, rows // 2, length)
-                rest = cut(held_out[1::2], length)
+                calibration += rows_of(cut(held_out[1::2], length), 0, rows // 2, length)
+                rest = cut(held_out[0::2], length)
                 scored[name] = rows_of(rest, 0, len(rest), length)
         if run is None:
             return cls(Path(checkpoint).stem, "", decoder, calibration, scored)
