@@ -115,7 +115,11 @@ def define_flags() -> flags.FlagValues:
 
     string("preset", None, "train this model from scratch, on bytes: tiny, small, llama_1b, ... (default tiny)")
     string("checkpoint", None, 'fine-tune this one: "smollm2", a Hugging Face folder or a .gguf file')
-    string("data", "kjv", "text, .jsonl, .npy or .npz file, a folder of them, or a corpus: kjv, python, random")
+    string(
+        "data",
+        "kjv",
+        "text, .jsonl, .npy or .npz file, a folder, or a corpus: kjv, python, random; several with commas",
+    )
     floating("eval_fraction", 0.05, "share of the documents held out for evaluation")
     string("out", None, "folder for everything that the run writes", required=True)
     boolean("overwrite", False, "replace the run that --out holds instead of continuing it")

