@@ -36,6 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import rows, timing
+from benchmarks.arguments import integers
 from benchmarks.rows import ModelRow, number
 from models import decode_loop
 from models.cache import KVCache
@@ -287,10 +288,6 @@ def _by_weights(names: Sequence[str]) -> list[tuple[str | None, list[str]]]:
     return [(scheme, of) for scheme, of in groups if of]
 
 
-def _integers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
 def _variants(text: str) -> list[str]:
     names = [one for name in text.split(",") for one in (ABLATION if name == "ablation" else (name,))]
     if unknown := [name for name in names if name not in VARIANTS]:
@@ -301,8 +298,8 @@ def _variants(text: str) -> list[str]:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description="Times decoding alone.")
     parser.add_argument("--preset", default="llama2_7b", choices=PRESETS)
-    parser.add_argument("--batch", type=_integers, default=[1], help="comma-separated; default 1")
-    parser.add_argument("--prompt", type=_integers, default=[1024], help="tokens before; comma-separated; default 1024")
+    parser.add_argument("--batch", type=integers, default=[1], help="comma-separated; default 1")
+    parser.add_argument("--prompt", type=integers, default=[1024], help="tokens before; comma-separated; default 1024")
     parser.add_argument(
         "--variants", type=_variants, default=["auto"], help="ablation, or names, such as mixed_2_4; default auto"
     )

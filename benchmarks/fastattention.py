@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks import rows, table, timing
+from benchmarks.arguments import integers
 from benchmarks.operations import OPERATIONS
 from benchmarks.rows import PaperRow, number
 from benchmarks.run import Truth
@@ -182,10 +183,6 @@ def prefill(name: str, lengths: Sequence[int], dtype: str, budget: float) -> Ite
             yield _row("prefill", f"{name}, {dtype}", length, variant, length / t.median, "tokens/s")
 
 
-def _integers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     on_cpu = device_lib.current().platform == "cpu"
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fastattention", description="The paper's claims.")
@@ -195,10 +192,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=list(PARTS[:2] if on_cpu else PARTS),
         help=f"of {', '.join(PARTS)}; default: all, on a CPU the two that count",
     )
-    parser.add_argument("--lengths", type=_integers, default=[1024, 2048, 4096, 8192, 16384], help="of the operator")
+    parser.add_argument("--lengths", type=integers, default=[1024, 2048, 4096, 8192, 16384], help="of the operator")
     parser.add_argument("--heads", type=int, default=32, help="of the operator (default 32)")
     parser.add_argument("--preset", default="llama2_7b", help="of the prefill (default llama2_7b)")
-    parser.add_argument("--prompts", type=_integers, default=[2048, 4096, 8192], help="lengths of the prefill")
+    parser.add_argument("--prompts", type=integers, default=[2048, 4096, 8192], help="lengths of the prefill")
     parser.add_argument("--dtype", default="bfloat16", help="default bfloat16")
     parser.add_argument("--budget", type=float, default=0.3, help="seconds of repetitions a figure (default 0.3)")
     parser.add_argument("--out", type=Path, help="CSV file; default: benchmarks/results/<device>_fastattention.csv")

@@ -20,6 +20,7 @@ import jax
 import matplotlib.pyplot as plt
 
 from benchmarks import rows, timing
+from benchmarks.arguments import integers
 from benchmarks.baselines import Unavailable
 from benchmarks.operations import OPERATIONS
 from benchmarks.rows import SweepRow, number
@@ -118,18 +119,14 @@ def _tile(row: SweepRow) -> str:
     return f"B_N = {row.block_n}, {row.stages} stages" if row.block_n else row.implementation
 
 
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flat_gemm_sweep", description="Tiles of flat_gemm.")
     on_cpu = device_lib.current().platform == "cpu"
     parser.add_argument("--m", type=int, default=8, help="rows (default 8)")
-    parser.add_argument("--n", type=_integers, default=[2**i for i in range(10, 19)], help="default: 2^10 to 2^18")
-    parser.add_argument("--k", type=_integers, default=[4096, 12288], help="default: 4096,12288")
-    parser.add_argument("--block_n", type=_integers, default=[32, 64, 128, 256, 512], help="default: 32 to 512")
-    parser.add_argument("--stages", type=_integers, default=[2], help="default: 2, the paper's double buffering")
+    parser.add_argument("--n", type=integers, default=[2**i for i in range(10, 19)], help="default: 2^10 to 2^18")
+    parser.add_argument("--k", type=integers, default=[4096, 12288], help="default: 4096,12288")
+    parser.add_argument("--block_n", type=integers, default=[32, 64, 128, 256, 512], help="default: 32 to 512")
+    parser.add_argument("--stages", type=integers, default=[2], help="default: 2, the paper's double buffering")
     parser.add_argument(
         "--dtype", default="float32" if on_cpu else "bfloat16", help="default: bfloat16, on a CPU float32"
     )

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import rows, timing
+from benchmarks.arguments import integers
 from benchmarks.rows import ModelRow, number
 from models import layers
 from models.generate import Generator
@@ -215,10 +216,6 @@ def _known(names: Sequence[str]) -> Callable[[str], list[str]]:
     return parse
 
 
-def _integers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description="Times whole models.")
     parser.add_argument("--preset", default="llama_1b", choices=PRESETS)
@@ -228,7 +225,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="rows of a training step (default 8)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row in training (default 2048)")
     parser.add_argument("--remat", choices=list(REMAT_POLICIES), help="rematerialization; default: none")
-    parser.add_argument("--generate_batch", type=_integers, default=[1], help="comma-separated; default 1")
+    parser.add_argument("--generate_batch", type=integers, default=[1], help="comma-separated; default 1")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt (default 512)")
     parser.add_argument("--new_tokens", type=int, default=256, help="tokens to generate (default 256)")
     parser.add_argument("--repeats", type=int, default=10, help="of which the median is taken (default 10)")

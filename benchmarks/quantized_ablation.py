@@ -26,6 +26,7 @@ from unittest import mock
 import jax
 
 from benchmarks import rows, timing
+from benchmarks.arguments import integers
 from benchmarks.operations import OPERATIONS, Arguments, directed
 from benchmarks.rows import AblationRow, number
 from benchmarks.run import Truth, time_fastest
@@ -44,26 +45,17 @@ def codes_as_scales(do: Instructions, stats: Sequence[Word], steps: Sequence[Wor
     return [[[of_output, of_output, of_output, step] for of_output in stats] for step in steps]
 
 
-def words_as_weights(
-    do: Instructions,
-    sums: list[list[list[Any]]],
-    words: Sequence[Sequence[Word]],
-    scales: Sequence[Sequence[Sequence[Word]]],
-    x: Sequence[Sequence[Sequence[Word]]],
-    stretches: Sequence[int] = range(4),
-) -> list[list[list[Any]]]:
-    """In place of `lanes.strips`: as many products."""
-    for at, p in ((at, p) for at, _ in enumerate(stretches) for p in range(0, 8, 2)):
-        # The four words of an output lie side by side as a load leaves them, and as a product takes them.
-        lanes.multiply(do, sums[p // 2 % len(sums)], words[p // 2 % 2], x, at, p)
-    return sums
+def words_as_weights(do: Instructions, words: Sequence[Sequence[Word]], scales: Any, j: int) -> list[list[Word]]:
+    """In place of `lanes.strip`. The four words of an output lie side by side as a load leaves them, and as a product
+    takes the two outputs' of two pairs of inputs."""
+    return [[words[p // 2 % 2][2 * (p % 2) + output] for p in range(8)] for output in range(2)]
 
 
 # Part -> which function of lanes.py, and what takes its place. Without decoding nothing uses what `lanes.scales`
 # returns, and the compiler drops that too.
 LEFT_OUT: Mapping[str, tuple[str, Callable]] = {
     "scales": ("scales", codes_as_scales),
-    "decoding": ("strips", words_as_weights),
+    "decoding": ("strip", words_as_weights),
 }
 
 
@@ -139,7 +131,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", type=lambda text: text.split(","), default=SHAPES, help="default: " + ", ".join(SHAPES)
     )
-    parser.add_argument("--stages", type=_integers, default=[1, 2, 3, 4], help="default: 1,2,3,4")
+    parser.add_argument("--stages", type=integers, default=[1, 2, 3, 4], help="default: 1,2,3,4")
     parser.add_argument("--timing", choices=timing.METHODS, default=timing.default_method())
     parser.add_argument("--budget", type=float, default=0.2, help="seconds of repetitions a time (default 0.2)")
     parser.add_argument("--out", type=Path, help="CSV; default: benchmarks/results/<device>_quantized_ablation.csv")
@@ -147,10 +139,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown := [name for name in options.shapes if name not in OPERATION.shapes]:
         parser.error(f"--shapes: unknown {', '.join(unknown)}; see pallas_kernels/quantized_matmul/shapes.py")
     return options
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

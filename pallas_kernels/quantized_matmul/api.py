@@ -168,7 +168,7 @@ class _Plan:
 
 def _config(choice: Choice, given: Any) -> Any:
     """The given config, if it is of the implementation that runs, else what the tuning tables or the heuristic say."""
-    kinds = config_lib.kinds(choice.name)
+    kinds = config_lib.kinds(choice.call, choice.device, choice.name)
     if given is not None and not isinstance(given, kinds):
         takes = " or ".join(f"a {kind.__name__}" for kind in kinds) or "no config"
         raise ValueError(f'{OP}: implementation "{choice.name}" takes {takes}, got {given!r}.')

@@ -65,19 +65,23 @@ class Sm90Config:
 
 
 TILE = 64  # outputs of four warps
-CONFIGS: dict[str, tuple[type, ...]] = {"mosaic_gpu": (MosaicGpuConfig, Sm90Config)}
+Config = MosaicGpuConfig | Sm90Config
 
 
-def kinds(implementation: str) -> tuple[type, ...]:
-    """The configurations that an implementation takes."""
-    return CONFIGS.get(implementation, ())
+def kinds(call: Call, device: Device, implementation: str | None) -> tuple[type[Config], ...]:
+    """The configurations that an implementation takes for a call; the first is the kind of its own choice."""
+    if implementation != "mosaic_gpu":
+        return ()
+    if device.arch != "sm90":
+        return (MosaicGpuConfig,)
+    return (Sm90Config, MosaicGpuConfig) if call.sizes["M"] > 8 else (MosaicGpuConfig, Sm90Config)
 
 
-def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfig | Sm90Config:
+def heuristic(call: Call, device: Device, implementation: str) -> Config:
     """A good configuration without measuring anything (but once: docs/performance.md). For a few rows about three
     blocks for each multiprocessor; for more larger ones, for each block reads all of x.
     """
-    if implementation not in CONFIGS:
+    if not (takes := kinds(call, device, implementation)):
         raise ValueError(f"quantized_matmul has no configuration for {implementation!r}.")
     s, num_sms, hopper = call.sizes, device.num_cores or 132, device.arch == "sm90"
     outputs, stages = s["N"] // parts_of(call.option("activation")), 3 if call.option("bits") == "mixed_2_4" else 4
@@ -85,7 +89,7 @@ def heuristic(call: Call, device: Device, implementation: str) -> MosaicGpuConfi
     if s["M"] <= 4:
         shares = next((n for n in (4, 2) if n * blocks <= 5 * num_sms), 1)
         return MosaicGpuConfig(1, stages, shares)
-    if hopper and s["M"] > 8:
+    if takes[0] is Sm90Config:
         return _sm90(call, blocks, num_sms)
     # Two blocks of a cluster, unless one for each strip of outputs comes out even.
     num_splits = 1 if not hopper or 2 * num_sms < blocks < 6 * num_sms else 2
@@ -128,19 +132,18 @@ def chunk_inputs(bits: int | str) -> int:
     return 16 * 32 // (2 if bits == "mixed_2_4" else int(bits))
 
 
-def search_space(call: Call, device: Device, implementation: str) -> Iterator[MosaicGpuConfig | Sm90Config]:
+def search_space(call: Call, device: Device, implementation: str) -> Iterator[Config]:
     """Configurations worth measuring."""
-    if implementation not in CONFIGS:
+    if not (takes := kinds(call, device, implementation)):
         return
-    hopper = device.arch == "sm90"
-    if hopper and call.sizes["M"] > 8:
+    if takes[0] is Sm90Config:
         for warpgroups in (1, 2, 3, 4):
             for num_splits in (1, 2, 3, 5):
                 for stages in (3, 4):
                     yield Sm90Config(warpgroups, 1, stages, num_splits)
         return
     for stages in (2, 3, 4):
-        for num_splits in (1, 2, 3, 4) if hopper else (1,):
+        for num_splits in (1, 2, 3, 4) if device.arch == "sm90" else (1,):
             for tiles in (1, 2):
                 yield MosaicGpuConfig(tiles, stages, num_splits=num_splits)
         for shares in (2, 4):

@@ -39,9 +39,9 @@ from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import copies_of_device, cost_option, store, tile_memory
 from pallas_kernels.quantized_matmul import lanes, ptx, sm90
 from pallas_kernels.quantized_matmul.config import TILE, MosaicGpuConfig, Sm90Config, chunk_inputs
-from pallas_kernels.quantized_matmul.packing import CHUNK
-from pallas_kernels.quantized_matmul.ring import Ring, barrier, put, wait
-from pallas_kernels.quantized_matmul.weights import BLOCK, IntWeight, MixedBitWeight, Weight
+from pallas_kernels.quantized_matmul.epilogue import with_outputs
+from pallas_kernels.quantized_matmul.ring import Ring, Stored, barrier, index_of, put, wait
+from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight, Weight
 
 Ref = Any
 Rows = Callable[[range], jax.Array]  # of x, stretches of 64 inputs of a chunk
@@ -85,21 +85,21 @@ def forward(
     hopper, parts = copies_of_device().fill, parts_of(activation)
     if not hopper and config.num_splits > 1:
         raise ValueError(f"quantized_matmul: num_splits takes the clusters of Hopper, got {config}.")
-    N, n = weight.shape[1], TILE * config.tiles * (config.warpgroups if isinstance(config, Sm90Config) else 1)
     per_output = {} if bias is None else {"bias": bias}
     if isinstance(weight, IntWeight) and weight.group_size is None:
-        per_output = {"scale": weight.scale[0, :N], **per_output}
+        per_output = {"scale": weight.scale[0, : weight.shape[1]], **per_output}
 
-    def padded(array: jax.Array) -> jax.Array:
-        array = array.reshape(parts, -1)
-        # To whole tiles, from wherever a block begins.
-        return jnp.pad(array, ((0, 0), (0, -array.shape[1] % n + TILE)))
+    def padded(outputs: int, more: int = 0) -> dict[str, jax.Array]:
+        """To whole blocks of so many outputs, and some more."""
+        of_parts = {name: array.reshape(parts, -1) for name, array in per_output.items()}
+        return {name: jnp.pad(a, ((0, 0), (0, -a.shape[1] % outputs + more))) for name, a in of_parts.items()}
 
-    per_output = {name: padded(array) for name, array in per_output.items()}
     if isinstance(config, Sm90Config):
-        return sm90.outputs(x, weight, per_output, activation=activation, config=config)
-    at = _Digits(weight) if isinstance(weight, MixedBitWeight) else _Codes(weight)
-    return _outputs(at, x, N, per_output, activation=activation, config=config)
+        columns = padded(TILE * config.warpgroups * config.tiles)
+        return sm90.outputs(x, weight, columns, activation=activation, config=config)
+    # Blocks of fewer outputs than a tile begin within one.
+    columns = padded(TILE * config.tiles, TILE if config.shares > 1 else 0)
+    return _outputs(x, weight, columns, activation=activation, config=config)
 
 
 # --- What a chunk of each kind of weight is, and what becomes of it -------------------------------------------
@@ -107,24 +107,8 @@ def forward(
 Scales = list[jax.Array]  # of a chunk, in registers: as they are stored, or as weights are multiplied by them
 
 
-@dataclasses.dataclass(frozen=True)
 class _Digits:
-    """Two planes of 2-bit digits: `MixedBitWeight`. The tail's chunks are numbered after those of the main plane."""
-
-    weight: MixedBitWeight
-
-    @property
-    def arrays(self) -> list[jax.Array]:
-        planes = [(p.words, p.stats, p.steps) for p in (self.weight.main, self.weight.tail) if p.steps.shape[1]]
-        return [array for plane in planes for array in plane] + ([self.weight.tail_index] if len(planes) > 1 else [])
-
-    @property
-    def chunks(self) -> int:
-        return (self.weight.main.steps.shape[1] + self.weight.tail.steps.shape[1]) // CHUNK
-
-    def ring(self, tiles: int, rows: int, shares: int) -> Ring:
-        mains = self.weight.main.steps.shape[1] // CHUNK
-        return Ring(chunk_inputs(2), self.chunks, tiles, rows, shares, mains=mains)
+    """Two planes of 2-bit digits: `MixedBitWeight`."""
 
     def empty(self, zero: jax.Array) -> list[jax.Array]:
         """Sums of no chunk, of tiles [64, M]: of few rows two, so that fewer products wait for each other."""
@@ -149,20 +133,7 @@ class _Digits:
 class _Codes:
     """One plane of symmetric codes of 4 or 8 bits: `IntWeight`. A group is a few whole chunks."""
 
-    weight: IntWeight
-
-    @property
-    def arrays(self) -> list[jax.Array]:
-        return [self.weight.words] + ([] if self.weight.group_size is None else [self.weight.scale])
-
-    @property
-    def chunks(self) -> int:
-        return self.weight.words.shape[1] // (BLOCK * CHUNK)
-
-    def ring(self, tiles: int, rows: int, shares: int) -> Ring:
-        inputs = chunk_inputs(self.weight.bits)
-        per_group = (self.weight.group_size or self.weight.shape[0]) // inputs
-        return Ring(inputs, self.chunks, tiles, rows, shares, per_group=max(per_group, 1))
+    bits: int
 
     def empty(self, zero: jax.Array) -> list[jax.Array]:
         return [zero]
@@ -171,8 +142,8 @@ class _Codes:
         return scales
 
     def add(self, sums: list[jax.Array], words: jax.Array, factors: Scales, x: Rows) -> list[jax.Array]:
-        rows = x(range(chunk_inputs(self.weight.bits) // 64))
-        return [ptx.integers(sums[0], words, factors[0] if factors else None, rows, self.weight.bits)]
+        rows = x(range(chunk_inputs(self.bits) // 64))
+        return [ptx.integers(sums[0], words, factors[0] if factors else None, rows, self.bits)]
 
     def total(self, sums: list[jax.Array]) -> jax.Array:
         return sums[0]
@@ -185,25 +156,15 @@ def _zeros(shape: tuple[int, ...]) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), ptx.SUMS)
 
 
-def _along_rows(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """One number an output, the same for each row of x."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(column, shape, (0,)), ptx.SUMS)
-
-
 def _outputs(
-    at: _Digits | _Codes,
-    x: jax.Array,
-    N: int,
-    per_output: dict[str, jax.Array],
-    *,
-    activation: str | None,
-    config: MosaicGpuConfig,
+    x: jax.Array, weight: Weight, per_output: dict[str, jax.Array], *, activation: str | None, config: MosaicGpuConfig
 ) -> jax.Array:
     """The kernel, [M, O]. `per_output` has arrays [parts, O], padded to whole tiles: "scale", "bias"."""
-    (M, K), parts, hopper = x.shape, parts_of(activation), copies_of_device().fill
-    O, copies, arrays = N // parts, copies_of_device(), at.arrays
+    at = _Digits() if isinstance(weight, MixedBitWeight) else _Codes(weight.bits)
+    (M, K), N, stored, parts = x.shape, weight.shape[1], Stored.of(weight), parts_of(activation)
+    O, copies, hopper = N // parts, copies_of_device(), copies_of_device().fill
     tiles, stages, shares = config.tiles, config.stages, config.shares
-    steps = -(-at.chunks // shares)
+    steps = -(-stored.chunks // shares)
     splits = min(config.num_splits, steps)
     n, padded = TILE * tiles // shares, M + -M % 8
     by_copies = hopper and shares == 1  # of whole tiles, out of shared memory
@@ -223,7 +184,7 @@ def _outputs(
         begin, end = (lax.div((split + i) * steps, splits) for i in range(2))
         count = end - begin
         outputs = [part * O + output + TILE * tile for part in range(parts) for tile in range(tiles)]
-        index = gmem[6] if len(gmem) > 6 else None
+        index = index_of(gmem)
 
         def fold(z: jax.Array) -> jax.Array:
             """Warps of the same outputs add up what each has of the inputs."""
@@ -289,11 +250,7 @@ def _outputs(
         def finish(z: list[jax.Array]) -> None:
             for tile in range(tiles):
                 of_parts = z[tile::tiles]
-                for name, array in option.items():
-                    of_output = [array.at[part, pl.ds(output + TILE * tile, TILE)] for part in range(parts)]
-                    of_output = [plgpu.load(c, layout=ptx.SUMS.reduce(1), optimized=False) for c in of_output]
-                    of_output = [_along_rows(c.astype(jnp.float32), (TILE, padded)) for c in of_output]
-                    of_parts = [y * c if name == "scale" else y + c for y, c in zip(of_parts, of_output, strict=True)]
+                of_parts = with_outputs(of_parts, option, output + TILE * tile, ptx.SUMS)
                 y = activate_parts(of_parts, activation)
                 if shares > 1:
                     put(out_gmem, y, output, n)
@@ -321,7 +278,7 @@ def _outputs(
         cluster.sync()  # no block is gone while others read from it
 
     kernel.__name__ = f"quantized_matmul_{type(at).__name__.strip('_').lower()}"
-    ring = at.ring(parts * tiles, M, shares)
+    ring = Ring(stored.inputs, stored.chunks, parts * tiles, M, shares, per_group=stored.per_group, mains=stored.mains)
     scratch: dict[str, Any] = {"slots": plgpu.SMEM((stages, ring.nbytes // 4), jnp.uint32)}
     if shares > 1:
         scratch["twice"] = plgpu.SMEM((2 * TILE, padded), jnp.float32)
@@ -340,8 +297,8 @@ def _outputs(
         **cost_option(
             flops=2 * M * N * K,
             transcendentals=M * O if activation else 0,
-            bytes_accessed=at.weight.nbytes + 2 * M * (K + O),
+            bytes_accessed=weight.nbytes + 2 * M * (K + O),
         ),
-    )(x, *per_output.values(), *arrays)
+    )(x, *per_output.values(), *stored.arrays)
     # Ampere has no copies out of shared memory that would turn Z^T around: XLA does.
     return out[:M, :O] if whole else out[:O, :M].T.astype(x.dtype)

@@ -26,6 +26,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.quantized_matmul.config import chunk_inputs
+from pallas_kernels.quantized_matmul.packing import CHUNK
 from pallas_kernels.quantized_matmul.ptx import (
     ROWS,
     STATS,
@@ -41,11 +43,50 @@ from pallas_kernels.quantized_matmul.ptx import (
     result,
     rows_in_order,
 )
+from pallas_kernels.quantized_matmul.weights import BLOCK, IntWeight, Weight
 
 THREADS, PIECE = 128, 16  # bytes that a thread copies at a time
 _NUMBER, _REF = plgpu.Layout.WG_SPLAT, plgpu.RefType()
 # Bytes of 64 outputs.
 _WORDS, _STATS, _STEPS, _SCALES = 4096, 1024, 128, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A weight as kernels read it, chunk by chunk.
+
+    Attributes:
+      arrays: words, stats and steps of the main plane of digits, the same of the tail, if there is one, and the index
+        of its strips; or words of codes, and scales of groups, if there are any.
+      inputs: of a chunk.
+      chunks: of all planes; those of the tail are numbered after those of the main plane.
+      mains: of the main plane, or of codes.
+      per_group: chunks that have a scale in common; 0 for digits.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    inputs: int
+    chunks: int
+    mains: int
+    per_group: int
+
+    @classmethod
+    def of(cls, weight: Weight) -> "Stored":
+        if isinstance(weight, IntWeight):
+            arrays, inputs = (weight.words,), chunk_inputs(weight.bits)
+            chunks, group_size = weight.words.shape[1] // (BLOCK * CHUNK), weight.group_size
+            if group_size is not None:
+                arrays += (weight.scale,)
+            return cls(arrays, inputs, chunks, chunks, max((group_size or weight.shape[0]) // inputs, 1))
+        planes = [plane for plane in (weight.main, weight.tail) if plane.steps.shape[1]]
+        arrays = tuple(array for p in planes for array in (p.words, p.stats, p.steps))
+        mains, *tails = (plane.steps.shape[1] // CHUNK for plane in planes)
+        return cls(arrays + (weight.tail_index,) * len(tails), chunk_inputs(2), mains + sum(tails), mains, 0)
+
+
+def index_of[T](arrays: Sequence[T]) -> T | None:
+    """Of those of `Stored`: which strips the tail's are."""
+    return arrays[6] if len(arrays) > 6 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +141,7 @@ class Ring:
         left: Any,
     ) -> None:
         """Copies chunks from `chunk` on, scales from chunk `scales_of` on, of tiles that begin at `outputs`; nothing if
-        no step is left. Each call is a group to wait for. `arrays`: as `_Digits.arrays` and `_Codes.arrays` say."""
+        no step is left. Each call is a group to wait for. `arrays`: those of `Stored`."""
         ring = self
 
         def quantized_start(_, slots, slot, arrays, x, outputs, chunk, scales_of, left):
@@ -110,7 +151,7 @@ class Ring:
             for tile, output in enumerate(outputs):
                 copies.words(arrays, tile, output.registers[()])
                 of_scales.scales(arrays, tile, output.registers[()])
-            copies.x(x, arrays[6] if len(arrays) > 6 else None)
+            copies.x(x, index_of(arrays))
             mgpu.utils.inline_ptx("cp.async.commit_group;")
 
         types = (_REF, _NUMBER, [_REF] * len(arrays), _REF, [_NUMBER] * len(outputs), _NUMBER, _NUMBER, _NUMBER)
@@ -230,7 +271,8 @@ def barrier() -> None:
 
 
 def take_digits(words: Ref, stats: Ref, steps: Ref) -> tuple[jax.Array, ...]:
-    """As `Ring.take`, of arrays [4, 256], [4, 64] and [4, 16] in shared memory: of 16 outputs each."""
+    """As `Ring.take_words` and `Ring.take_scales`, of arrays [4, 256], [4, 64] and [4, 16] in shared
+    memory: of 16 outputs each."""
 
     def quantized_take_digits(_, words, stats, steps):
         thread = Thread.own()
@@ -262,18 +304,14 @@ def take_rows_in_order(x: Ref, index: Ref | None, chunk: Any, rows: int, inputs:
 
     def quantized_take_rows_in_order(_, x, chunk, index=None):
         (M, K), thread, of_row = _shape(x), Thread.own(), inputs // 64
-        first_row, strip = (
-            _div(thread.warp, of_row),
-            arith.addi(arith.muli(_rem(thread.warp, of_row), constant(4)), thread.c),
-        )
+        first_row, stretch = _div(thread.warp, of_row), _rem(thread.warp, of_row)
+        within = arith.addi(arith.muli(stretch, constant(4)), thread.c)
         chunk, strips = chunk.registers[()], constant(inputs // 16)
-        if index is None:
-            strip = arith.addi(arith.muli(chunk, strips), strip)
-        else:
-            of_tail = arith.addi(arith.muli(arith.subi(chunk, constant(mains)), strips), strip)
+        strip = arith.addi(arith.muli(chunk, strips), within)
+        if index is not None:
+            of_tail = arith.addi(arith.muli(arith.subi(chunk, constant(mains)), strips), within)
             beyond = arith.cmpi(arith.CmpIPredicate.sge, chunk, constant(mains))
-            looked_up = _look_up(_element(index, None, of_tail), beyond)
-            strip = arith.select(beyond, looked_up, arith.addi(arith.muli(chunk, strips), strip))
+            strip = arith.select(beyond, _look_up(_element(index, None, of_tail), beyond), strip)
         inside = arith.cmpi(arith.CmpIPredicate.slt, strip, constant(K // 16))
         column = arith.addi(arith.muli(strip, constant(16)), arith.muli(thread.g, constant(2)))
         own, read = _element(x, first_row, column), []

@@ -29,14 +29,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.core import cluster
 from pallas_kernels.core.activations import activate_parts, parts_of
 from pallas_kernels.core.mma import cost_option, tile_memory
-from pallas_kernels.quantized_matmul import lanes, ptx, ring
-from pallas_kernels.quantized_matmul.config import TILE, Sm90Config, chunk_inputs
-from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight, Weight
+from pallas_kernels.quantized_matmul import lanes, ptx
+from pallas_kernels.quantized_matmul.config import TILE, Sm90Config
+from pallas_kernels.quantized_matmul.epilogue import with_outputs
+from pallas_kernels.quantized_matmul.ring import Stored, index_of, take_codes, take_digits, take_rows_in_order
+from pallas_kernels.quantized_matmul.weights import MixedBitWeight, Weight
 
 Ref = Any
 BLOCKS = TILE // 16  # of 16 outputs, in a tile
-
-
 # Rows that the copying warpgroup brings into order while others multiply; more are in order before.
 FEW_ROWS = 16
 
@@ -58,25 +58,14 @@ def in_order(x: jax.Array, strips: int, tail_index: jax.Array | None) -> jax.Arr
 
 
 class _Digits:
-    """Two planes of 2-bit digits. The tail's chunks are numbered after those of the main plane."""
+    """Two planes of 2-bit digits."""
 
     # Elements of words, stats and steps that 16 outputs have of a chunk.
     widths = (256, 64, 16)
     unit = lanes.TINY * lanes.LARGE
 
-    def __init__(self, weight: MixedBitWeight):
-        planes = [p for p in (weight.main, weight.tail) if p.steps.shape[1]]
-        self.arrays = [array for p in planes for array in (p.words, p.stats, p.steps)]
-        self.mains = weight.main.steps.shape[1] // 16
-        self.chunks = sum(p.steps.shape[1] for p in planes) // 16
-        if len(planes) > 1:
-            self.arrays.append(weight.tail_index)
-
-    def index_of[T](self, arrays: Sequence[T]) -> T | None:
-        return arrays[6] if len(arrays) > 6 else None
-
-    def in_order(self, x: jax.Array) -> jax.Array:
-        return in_order(x, 16 * self.mains, self.index_of(self.arrays))
+    def __init__(self, stored: Stored):
+        self.mains = stored.mains
 
     def memory(self, blocks: int) -> list[tuple[tuple[int, ...], Any]]:
         dtypes = (jnp.uint32, jnp.uint32, jnp.bfloat16)
@@ -94,7 +83,7 @@ class _Digits:
             for i, (array, width) in enumerate(zip(arrays, self.widths, strict=True)):
                 start(i, array.at[pl.ds(block, blocks), pl.ds(chunk * width, width)])
 
-        if self.index_of(arrays) is None:
+        if index_of(arrays) is None:
             pieces(arrays, chunk)
             return
         pl.when(chunk < self.mains)(lambda: pieces(arrays[:3], chunk))
@@ -102,7 +91,7 @@ class _Digits:
 
     def take(self, slot: Sequence[Ref], first: Any) -> tuple[jax.Array, ...]:
         """Of the tile that begins with block `first` of a slot, in registers."""
-        words, *scales = ring.take_digits(*(array.at[pl.ds(first, BLOCKS)] for array in slot))
+        words, *scales = take_digits(*(array.at[pl.ds(first, BLOCKS)] for array in slot))
         return words, *ptx.scales(*scales)
 
     def operand(self, chunk: tuple[jax.Array, ...], j: int) -> jax.Array:
@@ -113,20 +102,9 @@ class _Digits:
 class _Codes:
     """One plane of symmetric codes of 4 or 8 bits. A group is a few whole chunks."""
 
-    def __init__(self, weight: IntWeight):
-        self.bits = weight.bits
-        self.grouped = weight.group_size is not None
-        self.arrays = [weight.words, *([weight.scale] if self.grouped else [])]
-        self.chunks = self.mains = weight.words.shape[1] // 256
-        self.per_group = max((weight.group_size or weight.shape[0]) // chunk_inputs(weight.bits), 1)
-        self.groups = len(weight.scale)
-        self.unit = lanes.TINY * lanes.LARGE if self.grouped and self.bits == 4 else 1
-
-    def index_of(self, arrays: Sequence[Ref]) -> None:
-        return None
-
-    def in_order(self, x: jax.Array) -> jax.Array:
-        return in_order(x, self.chunks * chunk_inputs(self.bits) // 16, None)
+    def __init__(self, stored: Stored, bits: int):
+        self.per_group, self.bits, self.grouped = stored.per_group, bits, len(stored.arrays) > 1
+        self.unit = lanes.TINY * lanes.LARGE if self.grouped and bits == 4 else 1
 
     def memory(self, blocks: int) -> list[tuple[tuple[int, ...], Any]]:
         return [((blocks, 256), jnp.uint32), *([((16 * blocks,), jnp.bfloat16)] if self.grouped else [])]
@@ -138,14 +116,14 @@ class _Codes:
         start(0, arrays[0].at[pl.ds(block, blocks), pl.ds(chunk * 256, 256)])
         if self.grouped:
             # The last chunk may be of padding only.
-            group = jnp.minimum(lax.div(chunk, self.per_group), self.groups - 1)
+            group = jnp.minimum(lax.div(chunk, self.per_group), arrays[1].shape[0] - 1)
             for first in range(0, 16 * blocks, 256):  # outputs, as many as a copy takes
                 count = min(256, 16 * blocks - first)
                 start(1, arrays[1].at[group, pl.ds(block * 16 + first, count)], pl.ds(first, count))
 
     def take(self, slot: Sequence[Ref], first: Any) -> tuple[jax.Array, ...]:
         words, *scale = slot
-        return ring.take_codes(words.at[pl.ds(first, BLOCKS)], *(array.at[pl.ds(16 * first, TILE)] for array in scale))
+        return take_codes(words.at[pl.ds(first, BLOCKS)], *(array.at[pl.ds(16 * first, TILE)] for array in scale))
 
     def operand(self, chunk: tuple[jax.Array, ...], j: int) -> jax.Array:
         return ptx.stretch(*chunk, j=j, bits=self.bits)
@@ -158,11 +136,14 @@ def outputs(
     x: jax.Array, weight: Weight, per_output: dict[str, jax.Array], *, activation: str | None, config: Sm90Config
 ) -> jax.Array:
     """[M, O]. `per_output` has arrays [parts, O], padded to whole blocks: "scale", "bias"."""
-    at = _Digits(weight) if isinstance(weight, MixedBitWeight) else _Codes(weight)
-    (M, K), N, parts = x.shape, weight.shape[1], parts_of(activation)
-    groups, tiles, stages, splits = config.warpgroups, config.tiles, config.stages, min(config.num_splits, at.chunks)
-    O, inputs, n = N // parts, chunk_inputs(weight.bits if isinstance(weight, IntWeight) else 2), TILE * groups * tiles
+    stored = Stored.of(weight)
+    at = _Digits(stored) if isinstance(weight, MixedBitWeight) else _Codes(stored, weight.bits)
+    (M, K), N, parts, inputs = x.shape, weight.shape[1], parts_of(activation), stored.inputs
+    groups, tiles, stages = config.warpgroups, config.tiles, config.stages
+    splits, O, n = min(config.num_splits, stored.chunks), N // parts, TILE * groups * tiles
     padded, blocks, per_part, ordered = M + -M % 8, -(-O // n), BLOCKS * groups * tiles, M > FEW_ROWS
+    if ordered:
+        x = in_order(x, stored.mains * inputs // 16, index_of(stored.arrays))
     rows = M if M < 8 else padded  # of the output: copies leave out some of the first 8, but not of others
     # Copies leave alone what is not there, in whole tiles. The rest is cut off afterwards.
     columns = O if O % TILE == 0 else blocks * n
@@ -175,7 +156,7 @@ def outputs(
         block, me = lax.axis_index("block"), lax.axis_index("warpgroup")
         zero = lax.div(block, blocks)
         split = lax.axis_index("split") if splits > 1 else zero
-        begin, end = (lax.div((split + i) * at.chunks, splits) for i in range(2))
+        begin, end = (lax.div((split + i) * stored.chunks, splits) for i in range(2))
         count = end - begin
 
         def copy() -> None:
@@ -184,9 +165,9 @@ def outputs(
                 slot = lax.rem(step, stages)
                 # Each block begins somewhere else: all reading the same rows of x would wait for one part of the L2.
                 chunk = begin + lax.rem(step + block, count)
-                rows = None
+                own = None
                 if not ordered:
-                    rows = ring.take_rows_in_order(x_gmem, at.index_of(gmem), chunk, padded, inputs, at.mains)
+                    own = take_rows_in_order(x_gmem, index_of(gmem), chunk, padded, inputs, stored.mains)
                 pl.when(step >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 for part in range(parts):
 
@@ -194,11 +175,11 @@ def outputs(
                         plgpu.copy_gmem_to_smem(source, slots[i].at[slot, part, *within], full.at[slot])
 
                     at.copy(gmem, chunk, lax.div(part * O, 16) + block * per_part, per_part, piece)
-                if rows is None:
+                if own is None:
                     here = x_gmem.at[:, pl.ds(chunk * inputs, inputs)]
                     plgpu.copy_gmem_to_smem(here, x_slots.at[slot], full.at[slot])
                 else:
-                    x_slots[slot] = rows
+                    x_slots[slot] = own
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(full.at[slot])
 
@@ -224,12 +205,7 @@ def outputs(
         def finish(tile: int, z: list[jax.Array]) -> None:
             number = me * tiles + tile
             output = block * n + number * TILE
-            for name, array in option.items():
-                of_output = [array.at[part, pl.ds(output, TILE)] for part in range(parts)]
-                of_output = [plgpu.load(c, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False) for c in of_output]
-                of_output = [_along_rows(c.astype(jnp.float32), (TILE, padded)) for c in of_output]
-                z = [y * c if name == "scale" else y + c for y, c in zip(z, of_output, strict=True)]
-            y = activate_parts(z, activation)
+            y = activate_parts(with_outputs(z, option, output, plgpu.Layout.WGMMA), activation)
             out_smem.at[number].transpose((1, 0))[...] = y.astype(x.dtype)
             plgpu.commit_smem()
             # From row 0, in words that do not tell that fewer rows than a tile may follow.
@@ -262,9 +238,14 @@ def outputs(
                 return functools.reduce(add, range(1, splits), sums[i])
 
             for tile in range(tiles):
-                mine = lax.rem(me * tiles + tile, splits) == split if splits > 1 else me >= 0
-                of_parts = range(tile, parts * tiles, tiles)
-                pl.when(mine)(lambda tile=tile, those=of_parts: finish(tile, [total(i) for i in those]))
+
+                def add_up(tile: int = tile) -> None:
+                    finish(tile, [total(i) for i in range(tile, parts * tiles, tiles)])
+
+                if splits == 1:
+                    add_up()
+                else:
+                    pl.when(lax.rem(me * tiles + tile, splits) == split)(add_up)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if splits > 1:
                 cluster.sync()  # no block is gone while others read from it
@@ -297,10 +278,5 @@ def outputs(
             transcendentals=M * O if activation else 0,
             bytes_accessed=weight.nbytes + 2 * M * (K + O),
         ),
-    )(at.in_order(x) if ordered else x, *per_output.values(), *at.arrays)
+    )(x, *per_output.values(), *stored.arrays)
     return out[:M, :O]
-
-
-def _along_rows(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """One number an output, the same for each row of x."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(column, shape, (0,)), plgpu.Layout.WGMMA)

@@ -9,6 +9,8 @@ import pytest
 
 from pallas_kernels import UnsupportedError, quantized_matmul
 from pallas_kernels.core import device
+from pallas_kernels.quantized_matmul import config as config_lib
+from pallas_kernels.quantized_matmul.api import describe
 from pallas_kernels.quantized_matmul.config import MosaicGpuConfig, Sm90Config
 from pallas_kernels.quantized_matmul.reference import naively, specified
 from pallas_kernels.quantized_matmul.shapes import Shape
@@ -112,3 +114,18 @@ def test_refusals(shape, dtype, on, why):
 def test_ampere_has_no_clusters():
     with device.assume(AMPERE), pytest.raises(ValueError, match="num_splits takes the clusters of Hopper"):
         _call(Shape(8, 64, 256).make("bfloat16", jax.random.key(0)), MosaicGpuConfig(num_splits=2))
+
+
+def test_ampere_has_no_wgmma():
+    arguments = Shape(8, 64, 256).make("bfloat16", jax.random.key(0))
+    with device.assume(AMPERE), pytest.raises(ValueError, match="takes a MosaicGpuConfig, got Sm90Config"):
+        _call(arguments, Sm90Config())
+
+
+@pytest.mark.parametrize(("rows", "on"), [(8, device.H100), (9, device.H100), (64, device.H100), (64, device.A100)])
+def test_stored_configurations_are_of_the_kind_that_runs(rows, on):
+    """What `autotune` stores is read as the first kind."""
+    call = describe(**Shape(rows, 4096, 4096).abstract("bfloat16"))
+    (kind, *_) = config_lib.kinds(call, on, "mosaic_gpu")
+    assert {type(config) for config in config_lib.search_space(call, on, "mosaic_gpu")} == {kind}
+    assert type(config_lib.heuristic(call, on, "mosaic_gpu")) is kind

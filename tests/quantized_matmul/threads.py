@@ -153,20 +153,23 @@ def take(ring, arrays, output, chunk):
 
 def take_rows(ring, x, chunk, index=None, *, rows, stretches):
     """`Ring.take_rows`, from where the ring copies them."""
-    strips = ring.inputs // 16 * chunk + np.arange(ring.inputs // 16)
-    if index is not None and chunk >= ring.mains:
-        strips = index[16 * (chunk - ring.mains) + np.arange(16)]
+    strips = _strips_of(chunk, index, inputs=ring.inputs, mains=ring.mains)
     strips = strips.reshape(-1, 4)[list(stretches)].ravel()
     inputs = (16 * strips[:, None] + np.arange(16)).ravel()
     read = x[np.minimum(np.arange(rows), len(x) - 1)][:, np.minimum(inputs, x.shape[1] - 1)]
     return np.where(inputs < x.shape[1], read, 0).astype(x.dtype)
 
 
+def _strips_of(chunk, index, *, inputs, mains) -> np.ndarray:
+    """Which strips of x a chunk multiplies with."""
+    if index is not None and chunk >= mains:
+        return index[16 * (chunk - mains) + np.arange(16)]
+    return inputs // 16 * chunk + np.arange(inputs // 16)
+
+
 def take_rows_in_order(x, chunk, index=None, *, rows, inputs, mains):
     """`ring.take_rows_in_order`: pairs of a strip come where wgmma reads those of a thread."""
-    strips = inputs // 16 * chunk + np.arange(inputs // 16)
-    if index is not None and chunk >= mains:
-        strips = index[16 * (chunk - mains) + np.arange(16)]
+    strips = _strips_of(chunk, index, inputs=inputs, mains=mains)
     places = (16 * strips[:, None] + np.arange(16)).reshape(-1, 4, 8, 2).swapaxes(1, 2).ravel()
     read = np.where(places < x.shape[1], x[:, np.minimum(places, x.shape[1] - 1)], 0)
     return np.pad(read, ((0, rows - len(x)), (0, 0))).astype(x.dtype)
