@@ -619,9 +619,10 @@ def test_ablation_of_quantized_matmul(tmp_path, monkeypatch, capsys):
 def test_words_as_they_are_are_multiplied_as_often():
     operands = [["word"] * 4] * 2, [[["scale"] * 4] * 2] * 2, [[list("abcdefgh")] * 4] * 2
     counts = []
-    for function in (lanes.strips, quantized_ablation.words_as_weights):
+    for strip in (lanes.strip, quantized_ablation.words_as_weights):
         do = mock.Mock()
-        function(do, [[0, 0], [0, 0]], *operands)
+        with mock.patch.object(lanes, "strip", strip):
+            lanes.strips(do, [[0, 0], [0, 0]], *operands)
         counts.append([call.args[2] for call in do.mma.call_args_list])
     assert len(counts[0]) == 4 * 4 * 2
     assert counts[0] == counts[1]
