@@ -167,12 +167,9 @@ def random_decoder(config: LlamaConfig, dtype: jnp.dtype, scheme: Any = None) ->
 
 
 def as_variant(decoder: Decoder, name: str) -> Decoder:
-    options: dict[str, Any] = {}
     if name != "baseline":
-        options["unified_max"] = (UnifiedMax(),) * len(decoder.layers)
-    if name in ("baseline", "A"):
-        options["gemm_implementation"] = "xla"
-    return dataclasses.replace(decoder, **options)
+        decoder = decoder.with_unified_max([UnifiedMax()] * len(decoder.layers))
+    return dataclasses.replace(decoder, gemm_implementation="xla") if name in ("baseline", "A") else decoder
 
 
 @contextlib.contextmanager

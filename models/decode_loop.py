@@ -2,11 +2,12 @@
 """What the device does between two looks of the host: the prefill of some rows, or a chunk of decode steps.
 
     prefill: prompts -> cache, first token of each row            decode: while some row is live and steps are left:
-                                                                      queue: logits = step(token), token = draw(logits)
+                                                                      queue STEPS times: logits = step(token),
+                                                                                         token = draw(logits)
 
-The prefill and a step are jitted; what they are given besides shapes is data, so that no request compiles anything, but
-for the first that is not greedy. The arrays of a State are donated: the cache is updated in place, and the State passed
-in is used up. Shapes are rounded up to few sizes by `bucket`; the functions that do so are below.
+The prefill and some steps in a row are jitted; what they are given besides shapes is data, so that no request compiles
+anything, but for the first that is not greedy. The arrays of a State are donated: the cache is updated in place, and
+the State passed in is used up. Shapes are rounded up to few sizes by `bucket`; the functions that do so are below.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from models.sampling import greedy, request_keys, sample
 
 CHUNK = 32  # decode steps between two looks of the host at the tokens, at most
 STREAM_CHUNK = 4  # the same while streaming: few enough to read along
+# Steps of one program on an accelerator: a host takes milliseconds to hand over the arrays of all layers, more than a
+# step of few bits takes. A CPU does what it is told at once, so that steps for nothing would be all there is to it.
+STEPS = 4
 SMALLEST_PROMPT_BUCKET = 32
 
 
@@ -89,50 +93,61 @@ def prefill_pages(decoder: Decoder, tokens, lengths, settings: Settings, cache: 
 def decode(
     decoder: Decoder, state: State, done: jax.Array | np.ndarray, steps: int, settings: Settings, *, drawable: int
 ) -> tuple[State, np.ndarray]:
-    """Up to `steps` tokens more of the rows that are not done, fewer if all become so.
+    """Up to `steps` tokens more of the rows that are not done, rounded up to whole programs; fewer if all become so.
 
-    Steps are queued ahead of the device, which never waits for the host: a loop on the device would, on GPUs, to ask
-    whether it goes on. Whether all rows are done is known two steps late, so that one or two may be for nothing.
+    Programs are queued ahead of the device, which never waits for the host: a loop that asks whether all rows are done
+    would, on GPUs. It is known two programs late, so that the last may be for nothing.
 
     Returns:
       the new state; tokens, int32 [B, steps that ran], of which a row's own end where it met a stop token or its limit.
     """
+    program = decode_program(decoder, state, done, settings, drawable=drawable)
+    _, state, done, settings = program.args
     drawn, finished = [], []
-    for step in range(steps):
-        if step >= 2 and finished[step - 2]:
+    for number in range(-(-steps // program.keywords["steps"])):
+        if number >= 2 and finished[number - 2]:
             break
-        program = decode_program(decoder, state, done, settings, drawable=drawable)
-        state, done, token, ended = program()
-        drawn.append(token)
+        state, done, tokens, ended = program.func(decoder, state, done, settings, **program.keywords)
+        drawn.append(tokens)
         finished.append(ended)
-    return state, np.stack([np.asarray(token) for token in drawn], axis=1)
+    return state, np.concatenate([np.asarray(tokens) for tokens in drawn]).T
 
 
 def decode_program(decoder: Decoder, state: State, done, settings: Settings, *, drawable: int) -> functools.partial:
-    """One step of `decode`, ready to be compiled or called."""
+    """What `decode` calls again and again, ready to be compiled or called."""
     draws = bool(np.any(np.asarray(settings.sampling["temperature"]) > 0))
-    return functools.partial(_decode_step, decoder, state, done, settings, drawable=drawable, draws=draws)
+    (device, *_) = decoder.embedding.devices()
+    options = {"drawable": drawable, "draws": draws, "steps": 1 if device.platform == "cpu" else STEPS}
+    # What does not change is brought to the device once, not by every call.
+    return functools.partial(_decode_steps, decoder, state, *jax.device_put((done, settings)), **options)
 
 
-@functools.partial(jax.jit, static_argnames=("drawable", "draws"), donate_argnames="state")
-def _decode_step(
-    decoder: Decoder, state: State, done: jax.Array, settings: Settings, *, drawable: int, draws: bool
+@functools.partial(jax.jit, static_argnames=("drawable", "draws", "steps"), donate_argnames="state")
+def _decode_steps(
+    decoder: Decoder, state: State, done: jax.Array, settings: Settings, *, drawable: int, draws: bool, steps: int
 ) -> tuple[State, jax.Array, jax.Array, jax.Array]:
-    """The new state, which rows are done, the token of each, and whether all rows are done.
+    """The new state, which rows are done, tokens [steps, B], and whether all rows are done.
 
     `draws`: whether some row is not greedy. Otherwise nothing is asked of the device that the host knows.
     """
-    cache: Any = state.cache
-    logits, cache = decoder.step(state.token, cache, live=~done)
-    logits = logits[:, :drawable]
-    if draws:
-        keys = request_keys(settings.seeds, settings.request_ids)
-        token = sample(logits, keys, state.count, **settings.sampling)
-    else:
-        token = greedy(logits)
-    count = state.count + 1
-    done |= jnp.any(token[:, None] == settings.stop_tokens, axis=-1) | (count >= settings.limits)
-    return State(cache, token, count), done, token, jnp.all(done)
+
+    def step(carry: tuple[State, jax.Array], _: None) -> tuple[tuple[State, jax.Array], jax.Array]:
+        state, done = carry
+        cache: Any = state.cache
+        logits, cache = decoder.step(state.token, cache, live=~done)
+        logits = logits[:, :drawable]
+        if draws:
+            keys = request_keys(settings.seeds, settings.request_ids)
+            token = sample(logits, keys, state.count, **settings.sampling)
+        else:
+            token = greedy(logits)
+        count = state.count + 1
+        done |= jnp.any(token[:, None] == settings.stop_tokens, axis=-1) | (count >= settings.limits)
+        return (State(cache, token, count), done), token
+
+    # A loop of a known length: the device runs it without asking.
+    (state, done), tokens = jax.lax.scan(step, (state, jnp.asarray(done)), None, length=steps)
+    return state, done, tokens, jnp.all(done)
 
 
 def _prefill(decoder: Decoder, tokens, lengths, settings: Settings, cache, drawable: int) -> State:

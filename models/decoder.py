@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
@@ -141,8 +142,15 @@ class Decoder:
     def calibrated(self, calibration: Calibration | None) -> Decoder:
         """This decoder with the asynchronous softmax of a calibration, or the online one for None."""
         layers = range(self.config.num_layers)
-        chosen = None if calibration is None else tuple(calibration.unified_max(layer) for layer in layers)
-        return dataclasses.replace(self, unified_max=chosen)
+        return self.with_unified_max(None if calibration is None else [calibration.unified_max(l) for l in layers])
+
+    def with_unified_max(self, constants: Sequence[UnifiedMax | None] | None) -> Decoder:
+        """This decoder with these constants, one for each layer."""
+        if constants is not None:
+            # One for each head, on the device: a number would be brought there and spread out by every step.
+            N = self.config.num_heads
+            constants = tuple(one and dataclasses.replace(one, phi=one.per_head(N)) for one in constants)
+        return dataclasses.replace(self, unified_max=constants)
 
     @property
     def dtype(self) -> jnp.dtype:

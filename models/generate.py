@@ -258,7 +258,7 @@ class Generator:
         for row, columns in zip(rows, drawn.tolist(), strict=False):
             if row.live:
                 attended = row.length  # tokens that the first of these steps attends to
-                timings.count_decoded(self.decoder, attended, row.extend(columns))
+                timings.count_decoded(self.decoder, attended, row.extend(columns[:steps]))
         return state
 
     def _cache_size(self, lengths: list[int], max_new_tokens: int, requested: int | None) -> int:
