@@ -5,8 +5,8 @@
     python -m benchmarks.decoding --preset=llama2_7b --batch=1,8 --prompt=1024 --variants=ablation,huggingface
     python -m benchmarks.decoding --preset=llama2_7b --prompt=128,1024 --variants=auto,mixed_2_4,int4,int8
 
-Weights, tokens and caches are random: none changes the time, and no prompt need be read. A step is a 32nd of what
-`models.decode_loop.decode` takes for a chunk, wall clock. Variants, in the order in which FlashDecoding++ adds them:
+Weights, tokens and caches are random: none changes the time, and no prompt need be read. A step is a 128th of what
+`models.decode_loop` takes for as many, wall clock. Variants, in the order in which FlashDecoding++ adds them:
 
     baseline      online softmax, products by XLA
     A             asynchronous softmax
@@ -41,7 +41,7 @@ from benchmarks.rows import ModelRow, number
 from models import decode_loop
 from models.cache import KVCache
 from models.compress import SCHEMES, summary
-from models.decode_loop import CHUNK, Settings, State
+from models.decode_loop import Decoding, Settings, State
 from models.decoder import Decoder, LayerWeights, Matrix
 from models.llama import LlamaConfig
 from models.presets import PRESETS, preset
@@ -55,6 +55,7 @@ from pallas_kernels.quantized_matmul.weights import Weight
 ABLATION = ("baseline", "A", "A+B", "auto")
 VARIANTS = (*ABLATION, *SCHEMES, "huggingface")
 Point = tuple[int, int]  # batch, prompt
+TOKENS = 128  # that each row draws
 READ_BANDWIDTH = {"sm90": 3.05e12}  # bytes a second that a large read takes on an H100
 
 
@@ -69,7 +70,7 @@ class Step:
     def of(cls, decoder: Decoder, point: Point, time: timing.Timing) -> "Step":
         """`decoder` may have shapes in place of arrays."""
         batch, prompt = point
-        return cls(time, decoder.weight_bytes + batch * decoder.attention_bytes(prompt + CHUNK // 2))
+        return cls(time, decoder.weight_bytes + batch * decoder.attention_bytes(prompt + TOKENS // 2))
 
     @property
     def rate(self) -> float:
@@ -188,10 +189,8 @@ def _taking(name: str) -> Iterator[None]:
 
 def time_step(decoder: Decoder, batch: int, prompt: int, *, repeats: int) -> timing.Timing:
     """Seconds of one token more of each row, behind `prompt` tokens."""
-    size = -(-(prompt + CHUNK * (repeats + 2)) // 64) * 64
+    size = -(-(prompt + TOKENS) // 64) * 64
     cache = KVCache.zeros(decoder.config, batch, size, decoder.dtype)
-    cache = dataclasses.replace(cache, lengths=jnp.full((batch,), prompt, jnp.int32))
-    state = State(cache, jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), jnp.int32))
     settings = Settings(
         seeds=np.uint32(0),
         request_ids=np.arange(batch, dtype=np.int32),
@@ -201,9 +200,14 @@ def time_step(decoder: Decoder, batch: int, prompt: int, *, repeats: int) -> tim
     )
     done, seconds = np.zeros(batch, bool), []
     for _ in range(repeats + 2):
-        start = time.perf_counter()
-        state, drawn = decode_loop.decode(decoder, state, done, CHUNK, settings, drawable=decoder.config.vocab_size)
-        seconds.append((time.perf_counter() - start) / drawn.shape[1])
+        cache = dataclasses.replace(cache, lengths=jnp.full((batch,), prompt, jnp.int32))
+        state = State(cache, jnp.zeros((batch,), jnp.int32), jnp.ones((batch,), jnp.int32))
+        program = decode_loop.decode_program(decoder, state, done, settings, drawable=decoder.config.vocab_size)
+        start, decoding = time.perf_counter(), Decoding(program, TOKENS)
+        for _ in decoding:
+            pass
+        seconds.append((time.perf_counter() - start) / TOKENS)
+        cache = decoding.state.cache
     return timing.summarize(seconds[2:], "wall")  # the first compiles, the second is still warming up
 
 
@@ -211,7 +215,7 @@ def time_step(decoder: Decoder, batch: int, prompt: int, *, repeats: int) -> tim
 
 
 def huggingface_steps(config: LlamaConfig, points: Sequence[tuple[int, int]]) -> Iterator[tuple[Any, timing.Timing]]:
-    """The same of transformers: `generate` of 1 + 32 tokens, less that of 1, over 32."""
+    """The same of transformers: `generate` of 1 + 32 tokens, less that of 1, over 32: each takes the host as long."""
     import torch  # type: ignore[import-not-found]
     import transformers  # type: ignore[import-not-found]
 
@@ -223,7 +227,7 @@ def huggingface_steps(config: LlamaConfig, points: Sequence[tuple[int, int]]) ->
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
-        max_position_embeddings=max(prompt for _, prompt in points) + CHUNK + 1,
+        max_position_embeddings=max(prompt for _, prompt in points) + 33,
         attn_implementation="sdpa",
     )
     torch.set_default_dtype(torch.bfloat16)
@@ -241,7 +245,7 @@ def huggingface_steps(config: LlamaConfig, points: Sequence[tuple[int, int]]) ->
         tokens = torch.randint(1, config.vocab_size, (batch, prompt), device="cuda")
         with torch.inference_mode():
             seconds(tokens, 2)
-            measured = [(seconds(tokens, 1 + CHUNK) - seconds(tokens, 1)) / CHUNK for _ in range(3)]
+            measured = [(seconds(tokens, 33) - seconds(tokens, 1)) / 32 for _ in range(3)]
         yield (batch, prompt), timing.summarize(measured, "wall")
 
 
@@ -301,7 +305,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--variants", type=_variants, default=["auto"], help="ablation, or names, such as mixed_2_4; default auto"
     )
     parser.add_argument("--dtype", default="bfloat16", help="default bfloat16")
-    parser.add_argument("--repeats", type=int, default=4, help="chunks of which the median is taken (default 4)")
+    parser.add_argument("--repeats", type=int, default=4, help="how often, of which the median is taken (default 4)")
     parser.add_argument("--out", type=Path, help="CSV file; default: benchmarks/results/<device>_models.csv")
     return parser.parse_args(argv)
 

@@ -28,9 +28,8 @@ import numpy as np
 from models import checks, decode_loop
 from models.continuation import Continuation, FinishReason
 from models.decode_loop import (
-    CHUNK,
     SMALLEST_PROMPT_BUCKET,
-    STREAM_CHUNK,
+    Decoding,
     Settings,
     State,
     bucket,
@@ -47,6 +46,8 @@ from models.sampling import Sampling, is_integer, stacked_arrays
 if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
 
+CHUNK = 32  # decode steps between two looks of the host at the tokens, at most
+STREAM_CHUNK = 4  # the same while streaming: few enough to read along
 WAITING_CHUNK = 8  # steps between two looks while requests wait for a row that may become free
 PREFILL_TOKENS = 4096  # prompts that join at the same time are run together up to so many tokens, padding included
 
@@ -306,8 +307,9 @@ class ContinuousBatcher:
         settings = _settings(self._rows)
         program = decode_loop.decode_program(self.decoder, state, done, settings, drawable=self._drawable)
         start = self._compiled_by_now(program)
-        state, drawn = decode_loop.decode(self.decoder, state, done, steps, settings, drawable=self._drawable)
-        self._key, self._value = state.cache.key, state.cache.value
+        decoding = Decoding(program, steps)
+        drawn = np.concatenate(list(decoding), axis=1)
+        self._key, self._value = decoding.state.cache.key, decoding.state.cache.value
         self.timings.decode_seconds += time.perf_counter() - start
         self.timings.decode_bytes += drawn.shape[1] * self.decoder.weight_bytes
         for request, columns in zip(list(self._rows), drawn.tolist(), strict=True):

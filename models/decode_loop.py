@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device does between two looks of the host: the prefill of some rows, or a chunk of decode steps.
+"""What the device does between two looks of the host: the prefill of some rows, or some decode steps.
 
     prefill: prompts -> cache, first token of each row            decode: while some row is live and steps are left:
                                                                       queue STEPS times: logits = step(token),
@@ -12,10 +12,11 @@ the State passed in is used up. Shapes are rounded up to few sizes by `bucket`; 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,11 +28,10 @@ from models.decoder import Decoder
 from models.paged_cache import PagedCache
 from models.sampling import greedy, request_keys, sample
 
-CHUNK = 32  # decode steps between two looks of the host at the tokens, at most
-STREAM_CHUNK = 4  # the same while streaming: few enough to read along
 # Steps of one program on an accelerator: a host takes milliseconds to hand over the arrays of all layers, more than a
 # step of few bits takes. A CPU does what it is told at once, so that steps for nothing would be all there is to it.
 STEPS = 4
+AHEAD = 2  # programs that are queued while the tokens of one are looked at
 SMALLEST_PROMPT_BUCKET = 32
 
 
@@ -90,31 +90,8 @@ def prefill_pages(decoder: Decoder, tokens, lengths, settings: Settings, cache: 
     return _prefill(decoder, tokens, lengths, settings, cache, drawable)
 
 
-def decode(
-    decoder: Decoder, state: State, done: jax.Array | np.ndarray, steps: int, settings: Settings, *, drawable: int
-) -> tuple[State, np.ndarray]:
-    """Up to `steps` tokens more of the rows that are not done, rounded up to whole programs; fewer if all become so.
-
-    Programs are queued ahead of the device, which never waits for the host: a loop that asks whether all rows are done
-    would, on GPUs. It is known two programs late, so that the last may be for nothing.
-
-    Returns:
-      the new state; tokens, int32 [B, steps that ran], of which a row's own end where it met a stop token or its limit.
-    """
-    program = decode_program(decoder, state, done, settings, drawable=drawable)
-    _, state, done, settings = program.args
-    drawn, finished = [], []
-    for number in range(-(-steps // program.keywords["steps"])):
-        if number >= 2 and finished[number - 2]:
-            break
-        state, done, tokens, ended = program.func(decoder, state, done, settings, **program.keywords)
-        drawn.append(tokens)
-        finished.append(ended)
-    return state, np.concatenate([np.asarray(tokens) for tokens in drawn]).T
-
-
 def decode_program(decoder: Decoder, state: State, done, settings: Settings, *, drawable: int) -> functools.partial:
-    """What `decode` calls again and again, ready to be compiled or called."""
+    """What `Decoding` calls again and again, ready to be compiled: some steps of the rows not `done`, bool [B]."""
     draws = bool(np.any(np.asarray(settings.sampling["temperature"]) > 0))
     (device, *_) = decoder.embedding.devices()
     options = {"drawable": drawable, "draws": draws, "steps": 1 if device.platform == "cpu" else STEPS}
@@ -164,6 +141,45 @@ def compile_seconds(call: functools.partial) -> float:
     start = time.perf_counter()
     call.func.lower(*call.args, **call.keywords).compile()
     return time.perf_counter() - start
+
+
+# --- Running ahead -------------------------------------------------------------------------------------------
+
+
+class Decoding:
+    """Tokens that are drawn one program after the other, as they come: int32 [B, steps of a program], of which a row's
+    own end where it met a stop token or its limit.
+
+    Programs are queued ahead of the device, which never waits for the host: a loop that asks whether all rows are done
+    would, on GPUs. That they are is known AHEAD programs late, so that as many may be for nothing.
+
+    Attributes:
+      state: after all programs that were queued.
+    """
+
+    def __init__(self, program: functools.partial, steps: int):
+        """`program` is of `decode_program`; steps are rounded up to whole programs, fewer if all rows end before."""
+        _, self.state, self._done, self._settings = program.args
+        self._program, self._steps = program, steps
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        queued: collections.deque[tuple[jax.Array, jax.Array]] = collections.deque()
+        for _ in range(-(-self._steps // self._program.keywords["steps"])):
+            queued.append(self._queue())
+            if len(queued) > AHEAD:
+                tokens, all_done = queued.popleft()
+                yield np.asarray(tokens).T
+                if all_done:
+                    return
+        for tokens, _ in queued:
+            yield np.asarray(tokens).T
+
+    def _queue(self) -> tuple[jax.Array, jax.Array]:
+        """One program more: its tokens, and whether all rows are done."""
+        program, decoder = self._program, self._program.args[0]
+        called = program.func(decoder, self.state, self._done, self._settings, **program.keywords)
+        self.state, self._done, tokens, all_done = called
+        return tokens, all_done
 
 
 # --- Shapes --------------------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 
     prompts --encode, pad right--> tokens [B, T] --prefill--> cache L x [B, S, K, H], first token of each row
                                                                 |
-    text <--decode, cut at stops-- tokens [B, CHUNK] <--decode: steps queued ahead of the device, cache in place
+    text <--decode, cut at stops-- tokens of a few steps <--decode: queued ahead of the host, cache in place
 
-Two programs, the prefill and the step of decode_loop.py, are compiled once per bucket: the batch B, the padded prompt
+Two programs, the prefill and the steps of decode_loop.py, are compiled once per bucket: the batch B, the padded prompt
 length T and the cache size S are rounded up to powers of two. Sampling settings, stop tokens, lengths and the seed are
-data; to change them compiles nothing, but that a greedy step is a program of its own. The host looks at the tokens once
-a chunk: it makes text of them, streams it, and searches it for stop strings; within a chunk no more steps are queued
-once every row has met a stop token.
+data; to change them compiles nothing, but that a greedy step is a program of its own. The host makes text of tokens
+while the device draws the next, streams it, and searches it for stop strings; no more steps are queued once every row
+has ended.
 
 `generate` is the short way; `Generator` keeps a model ready and also reports tokens, reasons and timings. Requests that
 come and go are for batcher.py.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +28,7 @@ import numpy as np
 from models import checks, decode_loop
 from models.continuation import Continuation, FinishReason
 from models.decode_loop import (
-    CHUNK,
-    STREAM_CHUNK,
+    Decoding,
     Settings,
     State,
     bucket,
@@ -206,12 +205,9 @@ class Generator:
 
         state = self._prefill(tokens, lengths, settings, size, rows, timings)
         _emit(rows, stream)
-        left = max_new_tokens - 1
-        while left and any(row.live for row in rows):
-            steps = min(left, CHUNK if stream is None else STREAM_CHUNK)
-            state = self._decode(state, steps, settings, rows, timings)
-            left -= steps
-            _emit(rows, stream)
+        if max_new_tokens > 1 and any(row.live for row in rows):
+            for _ in self._decode(state, max_new_tokens - 1, settings, rows, timings):
+                _emit(rows, stream)
         for row in rows:
             row.finish()
         _emit(rows, stream)
@@ -244,22 +240,26 @@ class Generator:
             row.extend([token])
         return state
 
-    def _decode(self, state: State, steps: int, settings: Settings, rows, timings: Timings) -> State:
-        """The state after at most `steps` more tokens, which the rows are given. Uses up the old state."""
+    def _decode(self, state: State, left: int, settings: Settings, rows, timings: Timings) -> Iterator[None]:
+        """Gives the rows at most `left` tokens more, some at a time. Uses up the state."""
         done = np.ones(len(state.token), bool)
         done[: len(rows)] = [not row.live for row in rows]
-        if not timings.decode_seconds:  # the first of the call; the others have the same shapes
-            program = decode_loop.decode_program(self.decoder, state, done, settings, drawable=self._drawable)
-            timings.compile_seconds += compile_seconds(program)
+        program = decode_loop.decode_program(self.decoder, state, done, settings, drawable=self._drawable)
+        timings.compile_seconds += compile_seconds(program)
         start = time.perf_counter()
-        state, drawn = decode_loop.decode(self.decoder, state, done, steps, settings, drawable=self._drawable)
-        timings.decode_seconds += time.perf_counter() - start
-        timings.decode_bytes += drawn.shape[1] * self.decoder.weight_bytes
-        for row, columns in zip(rows, drawn.tolist(), strict=False):
-            if row.live:
-                attended = row.length  # tokens that the first of these steps attends to
-                timings.count_decoded(self.decoder, attended, row.extend(columns[:steps]))
-        return state
+        for drawn in Decoding(program, left):
+            timings.decode_seconds += time.perf_counter() - start
+            drawn = drawn[:, :left]
+            left -= drawn.shape[1]
+            timings.decode_bytes += drawn.shape[1] * self.decoder.weight_bytes
+            for row, columns in zip(rows, drawn.tolist(), strict=False):
+                if row.live:
+                    attended = row.length  # tokens that the first of these steps attends to
+                    timings.count_decoded(self.decoder, attended, row.extend(columns))
+            yield
+            if not any(row.live for row in rows):
+                return
+            start = time.perf_counter()
 
     def _cache_size(self, lengths: list[int], max_new_tokens: int, requested: int | None) -> int:
         """S: what was asked for, or the bucket of the longest row. ValueError if a row does not fit."""

@@ -573,8 +573,8 @@ def test_decoding_with_weights_of_few_bits(tmp_path, capsys):
     assert (auto.implementation, int4.implementation) == ("auto", "int4")
     ratio = float(auto.median_ms) / float(int4.median_ms)
     assert f"1 x 8: int4 is {ratio:.2f} x auto"[:-8] in told
-    # The layers; the embedding, which is the output projection, and norms; keys and values of 8 + 16 tokens.
-    nbytes = 983_040 * 4.125 / 8 + 4 * (320 * 128 + 9 * 128) + 2 * 4 * 4 * 2 * 32 * 24
+    # The layers; the embedding, which is the output projection, and norms; keys and values of 8 + 64 tokens.
+    nbytes = 983_040 * 4.125 / 8 + 4 * (320 * 128 + 9 * 128) + 2 * 4 * 4 * 2 * 32 * 72
     assert float(int4.gbs) * float(int4.median_ms) * 1e6 == pytest.approx(nbytes, rel=2e-3)
 
 
