@@ -87,6 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     points = [(batch, prompt) for prompt in options.prompt for batch in options.batch]
     steps: dict[Point, dict[str, Step]] = {point: {} for point in points}
+    shared = {"model": options.preset, "phase": "decode_step", "dtype": dtype.name, "remat": "", **rows.environment()}
+
+    def record(name: str, point: Point, step: Step) -> None:
+        # At once: the next may be too large for the memory.
+        steps[point][name] = step
+        _print(name, point, step)
+        rows.append(out, [_row(shared, name, point, step)])
+
     for scheme, names in _by_weights(options.variants):
         decoder = random_decoder(config, dtype, scheme)
         memory = sum(leaf.nbytes for leaf in jax.tree.leaves(decoder))
@@ -95,23 +103,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             variant = as_variant(decoder, name)
             with _taking(name):
                 for point in points:
-                    measured = time_step(variant, *point, repeats=options.repeats)
-                    steps[point][name] = Step.of(variant, point, measured)
-                    _print(name, point, steps[point][name])
+                    record(name, point, Step.of(variant, point, time_step(variant, *point, repeats=options.repeats)))
         del decoder, variant
     if "huggingface" in options.variants:
         ours = jax.eval_shape(lambda: random_decoder(config, dtype))
         for point, measured in huggingface_steps(config, points):
-            steps[point]["huggingface"] = Step.of(ours, point, measured)
-            _print("huggingface", point, steps[point]["huggingface"])
+            record("huggingface", point, Step.of(ours, point, measured))
     for (batch, prompt), measured in steps.items():
         for name, one in measured.items():
             if name in SCHEMES and (auto := measured.get("auto")):
                 print(f"  {batch} x {prompt}: {name} is {auto.time.median / one.time.median:.2f} x auto")
             if name == "auto" and (theirs := measured.get("huggingface")):
                 print(f"  {batch} x {prompt}: auto is {theirs.time.median / one.time.median:.2f} x huggingface")
-    shared = {"model": options.preset, "phase": "decode_step", "dtype": dtype.name, "remat": "", **rows.environment()}
-    rows.append(out, [_row(shared, name, point, step) for point, of in steps.items() for name, step in of.items()])
     print(f"Appended to {out}.")
     return 0
 
@@ -243,9 +246,13 @@ def huggingface_steps(config: LlamaConfig, points: Sequence[tuple[int, int]]) ->
 
     for batch, prompt in points:
         tokens = torch.randint(1, config.vocab_size, (batch, prompt), device="cuda")
-        with torch.inference_mode():
-            seconds(tokens, 2)
-            measured = [(seconds(tokens, 33) - seconds(tokens, 1)) / 32 for _ in range(3)]
+        try:
+            with torch.inference_mode():
+                seconds(tokens, 2)
+                measured = [(seconds(tokens, 33) - seconds(tokens, 1)) / 32 for _ in range(3)]
+        except torch.OutOfMemoryError as error:
+            print(f"  huggingface  {batch} x {prompt:5}: not enough memory: {str(error).split('. ')[1]}", flush=True)
+            continue
         yield (batch, prompt), timing.summarize(measured, "wall")
 
 
