@@ -28,9 +28,9 @@ from models.decoder import Decoder
 from models.paged_cache import PagedCache
 from models.sampling import greedy, request_keys, sample
 
-# Steps of one program on an accelerator: a host takes milliseconds to hand over the arrays of all layers, more than a
-# step of few bits takes. A CPU does what it is told at once, so that steps for nothing would be all there is to it.
-STEPS = 4
+# Steps of one program, by platform. For an accelerator a host takes milliseconds to hand over the arrays of all layers,
+# more than a step of few bits takes. A CPU does what it is told at once, and what it does for nothing costs the most.
+STEPS = {"cpu": 1, "gpu": 4, "tpu": 4}
 AHEAD = 2  # programs that are queued while the tokens of one are looked at
 SMALLEST_PROMPT_BUCKET = 32
 
@@ -94,7 +94,7 @@ def decode_program(decoder: Decoder, state: State, done, settings: Settings, *, 
     """What `Decoding` calls again and again, ready to be compiled: some steps of the rows not `done`, bool [B]."""
     draws = bool(np.any(np.asarray(settings.sampling["temperature"]) > 0))
     (device, *_) = decoder.embedding.devices()
-    options = {"drawable": drawable, "draws": draws, "steps": 1 if device.platform == "cpu" else STEPS}
+    options = {"drawable": drawable, "draws": draws, "steps": STEPS[device.platform]}
     # What does not change is brought to the device once, not by every call.
     return functools.partial(_decode_steps, decoder, state, *jax.device_put((done, settings)), **options)
 

@@ -1,6 +1,8 @@
 """models/generate.py on tiny random models, against the model itself run without a cache."""
 
+import collections
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models import decode_loop
 from models.continuation import Continuation, certain_length
 from models.generate import Generator, generate
 from models.llama import Llama, LlamaConfig
@@ -114,6 +117,29 @@ def test_a_row_does_not_depend_on_its_batch(generator, sampling):
     for row, prompt in enumerate(PROMPTS):
         alone = generator.generate(prompt, 40, sampling, seed=3, request_ids=[row])
         assert alone.texts == [together.texts[row]]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)])
+def test_several_steps_a_program_change_no_answer(generator, sampling, monkeypatch):
+    """As accelerators run them. Rows end within a program: by limit, stop token, stop string, the cache's end."""
+    one_by_one = generator.generate(PROMPTS, 38, sampling)
+    stop = one_by_one.tokens[0][9]
+    calls = [
+        functools.partial(generator.generate, PROMPTS, 38, sampling),
+        functools.partial(generator.generate, PROMPTS, 38, sampling, stop_tokens=[stop]),
+        functools.partial(
+            generator.generate, PROMPTS[0], 7, sampling, cache_size=len(TOKENIZER.encode(PROMPTS[0])) + 7
+        ),
+        functools.partial(generator.generate, PROMPTS, 38, sampling, stop=one_by_one.texts[1][5:7]),
+    ]
+    expected = [call() for call in calls]
+    monkeypatch.setitem(decode_loop.STEPS, "cpu", 4)
+    for call, result in zip(calls, expected, strict=True):
+        pieces = collections.defaultdict(str)
+        found = call(stream=lambda row, piece, to=pieces: to.__setitem__(row, to[row] + piece))
+        assert (found.tokens, found.texts, found.finish_reasons) == (result.tokens, result.texts, result.finish_reasons)
+        assert [pieces[row] for row in range(len(found.texts))] == found.texts
+        assert found.timings.decode_tokens == result.timings.decode_tokens
 
 
 def test_a_seed_gives_the_same_text_again(model):
