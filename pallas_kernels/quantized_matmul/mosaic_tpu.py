@@ -304,7 +304,7 @@ def _spread(arrays: list[jax.Array], times: int) -> jax.Array:
     ones and zeros, exact for what bfloat16 holds."""
     n, L = len(arrays), arrays[0].shape[1]
     source, lane = (lax.broadcasted_iota(jnp.int32, (n * L, L * times), axis) for axis in (0, 1))
-    ones = (source == L * (lane % n) + lane // times).astype(jnp.float32).astype(jnp.bfloat16)
+    ones = (source == L * lax.rem(lane, n) + lax.div(lane, times)).astype(jnp.float32).astype(jnp.bfloat16)
     joined = jnp.concatenate(arrays, axis=1).astype(jnp.float32).astype(jnp.bfloat16)
     return dot(joined, ones, (1, 0)).astype(arrays[0].dtype)
 
