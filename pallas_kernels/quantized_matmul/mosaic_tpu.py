@@ -22,7 +22,7 @@ Source: Li et al., "Enabling Fast 2-bit LLM on GPUs", 2023, sections 2 and 3, fo
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -77,8 +77,10 @@ def forward(
     x: jax.Array, weight: Weight, bias: jax.Array | None, *, activation: str | None, config: MosaicTpuConfig
 ) -> jax.Array:
     """As `xla.forward`."""
+    M = len(x)
+    x = jnp.pad(x, ((0, -M % 8), (0, 0)))  # rows of a register
     planes = _planes_of_digits(x, weight) if isinstance(weight, MixedBitWeight) else [_plane_of_codes(x, weight)]
-    z = _product(planes, weight, x.dtype, config)
+    z = _product(planes, weight, config)[:M]
     if isinstance(weight, IntWeight) and weight.group_size is None:
         z *= weight.scale[0, : weight.shape[1]]
     if bias is not None:
@@ -96,7 +98,7 @@ class _Plane:
     Attributes:
       bits: of a value.
       x: [M, inputs], as `_ordered` has them.
-      arrays: words int32 [N' / 16, 256 C], of C chunks; then stats and steps, or scales of chunks, [N' / 16, 16 C].
+      arrays: words [N' / 16, 256 C], of C chunks; then stats and steps, or scales of chunks, [N' / 16, 16 C].
     """
 
     bits: int
@@ -114,13 +116,13 @@ def _planes_of_digits(x: jax.Array, weight: MixedBitWeight) -> list[_Plane]:
     index = jnp.pad(weight.tail_index, (0, T - len(weight.tail_index)))  # padding has scale 0
     inputs = [strips, jnp.take(strips, index, axis=1)] if T else [strips]
     return [
-        _Plane(2, _ordered(x, 2), [_signed(plane.words), _signed(plane.stats), plane.steps])
+        _Plane(2, _ordered(x, 2), [plane.words, plane.stats, plane.steps])
         for x, plane in zip(inputs, (weight.main, weight.tail), strict=False)
     ]
 
 
 def _plane_of_codes(x: jax.Array, weight: IntWeight) -> _Plane:
-    inputs, arrays = chunk_inputs(weight.bits), [_signed(weight.words)]
+    inputs, arrays = chunk_inputs(weight.bits), [weight.words]
     chunks = weight.words.shape[1] // (BLOCK * CHUNK)
     x = jnp.pad(x, ((0, 0), (0, chunks * inputs - x.shape[1])))
     if weight.group_size is not None:
@@ -129,10 +131,6 @@ def _plane_of_codes(x: jax.Array, weight: IntWeight) -> _Plane:
         scale = jnp.pad(scale, ((0, max(chunks - len(scale), 0)), (0, 0)))[:chunks]
         arrays.append(packing.blocked(scale.T, 1))
     return _Plane(weight.bits, _ordered(x, weight.bits), arrays)
-
-
-def _signed(words: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(words, jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +173,9 @@ def _groups(chunks: int, bits: int) -> Iterator[tuple[int, int, _Group]]:
 def _ordered(x: jax.Array, bits: int) -> jax.Array:
     """[M, inputs] of x [M, ...]: for each group, its positions; for each of these the inputs of the lanes."""
     M = len(x)
-    by_word = x.reshape(M, -1, CHUNK, 32 // bits).swapaxes(2, 3)[:, :, np.argsort(packing.shifts(bits))]
-    by_word = packing.to_memory(by_word, bits)  # [M, C, values from the lowest bit on, words]
+    by_word = packing.to_memory(x.reshape(M, -1, CHUNK, 32 // bits).swapaxes(2, 3), bits)
+    # [M, C, values from the lowest bit on, words]. Slices: XLA makes a loop of an index.
+    by_word = jnp.stack([by_word[:, :, v] for v in np.argsort(packing.shifts(bits))], axis=2)
     pieces = []
     for first, count, group in _groups(by_word.shape[1], bits):
         piece = by_word[:, first : first + count * group.chunks]
@@ -188,7 +187,7 @@ def _ordered(x: jax.Array, bits: int) -> jax.Array:
 # --- The kernel -----------------------------------------------------------------------------------------------
 
 
-def _product(planes: list[_Plane], weight: Weight, dtype: Any, config: MosaicTpuConfig) -> jax.Array:
+def _product(planes: list[_Plane], weight: Weight, config: MosaicTpuConfig) -> jax.Array:
     """z [M, N] in float32."""
     M, (K, N) = len(planes[0].x), weight.shape
     tiles = min(config.tiles, pl.cdiv(N, BLOCK * ROWS))
@@ -214,7 +213,7 @@ def _product(planes: list[_Plane], weight: Weight, dtype: Any, config: MosaicTpu
         cost_estimate=pl.CostEstimate(
             flops=2 * M * N * K,
             transcendentals=0,
-            bytes_accessed=weight.nbytes + M * K * jnp.dtype(dtype).itemsize + 4 * M * N,
+            bytes_accessed=weight.nbytes + sum(plane.x.nbytes for plane in planes) + 4 * M * N,
         ),
         name="quantized_matmul",
     )(operands)
@@ -227,7 +226,7 @@ def _kernel(bits: list[int], tiles: int, refs: dict, out_ref) -> None:
 
     def tile(i: Any, _: None) -> None:
         rows = pl.ds(pl.multiple_of(ROWS * i, ROWS), ROWS)
-        z = jnp.zeros((M, BLOCK * ROWS), jnp.float32)
+        z = jnp.zeros((BLOCK * ROWS, M), jnp.float32)
         for x_ref, array_refs, b in zip(refs["x"], refs["arrays"], bits, strict=True):
             chunks = array_refs[0].shape[1] // (BLOCK * CHUNK)
             for first, count, group in _groups(chunks, b):
@@ -237,11 +236,13 @@ def _kernel(bits: list[int], tiles: int, refs: dict, out_ref) -> None:
                     arrays = []
                     for ref in refs:
                         width = ref.shape[1] // chunks
-                        arrays.append(ref[rows, _lanes(width * chunk, width * group.chunks)])
+                        array = ref[rows, _lanes(width * chunk, width * group.chunks)]
+                        # Signed here: XLA would write all words anew.
+                        arrays.append(array.astype(jnp.int32) if array.dtype == jnp.uint32 else array)
                     return _multiply(z, arrays, group, b, x_ref, chunk_inputs(b) * chunk)
 
                 z = lax.fori_loop(0, count, add, z) if count > 1 else add(0, z)
-        out_ref[:, _lanes(BLOCK * ROWS * i, BLOCK * ROWS)] = z
+        out_ref[:, _lanes(BLOCK * ROWS * i, BLOCK * ROWS)] = z.T
 
     lax.fori_loop(0, tiles, tile, None)
 
@@ -251,62 +252,74 @@ def _lanes(start: Any, size: int) -> Any:
     return pl.ds(start if isinstance(start, int) else pl.multiple_of(start, LANES), size)
 
 
-def _multiply(z: jax.Array, arrays: list, group: _Group, bits: int, x_ref, begin: Any) -> jax.Array:
-    """z + x w of a group, [M, 16 outputs x 16 blocks]. Its arrays are [16 blocks, chunks x 16 outputs x ...]."""
-    words = [w >> (32 // group.copies * r) for r in range(group.copies) for w in _cut(arrays[0], group.chunks)]
-    words = _turned(words)
-    zero, scale = _stats(arrays[1:], group) if bits == 2 else (2 ** (bits - 1), _scales(arrays[1:], group))
+def _multiply(z: jax.Array, arrays: list, group: _Group, bits: int, x_ref: Any, begin: Any) -> jax.Array:
+    """z + (x w)^T of a group, [16 outputs x 16 blocks, M]. Its arrays are [16 blocks, chunks x 16 outputs x ...]."""
+    chunks = jnp.split(arrays[0], group.chunks, axis=1)
+    words = _turned([words >> (32 // group.copies * r) for r in range(group.copies) for words in chunks])
+    zero, scale = 2 ** (bits - 1), None
+    if bits == 2:
+        zero, scale = _stats(*arrays[1:], group)
+    elif len(arrays) > 1:
+        scale = _scales(arrays[1], group)
 
     def weights(t: int) -> jax.Array:
-        digits = ((words >> (bits * t)) & (2**bits - 1)) - zero
-        w = digits.astype(jnp.float32)
-        return (w if scale is None else w * scale).astype(x_ref.dtype)
+        w = (((words >> (bits * t)) & (2**bits - 1)) - zero).astype(jnp.float32)
+        return w if scale is None else w * scale
 
     # Two at a time: the matrix unit sums over 128 or 256 lanes.
     for t in range(0, group.positions, 2):
         w = jnp.concatenate([weights(t) for t in range(t, min(t + 2, group.positions))], axis=1)
-        z += dot(x_ref[:, _lanes(begin + t * group.lanes, w.shape[1])], w, (1, 1))
+        z += dot(w.astype(x_ref.dtype), x_ref[:, _lanes(begin + t * group.lanes, w.shape[1])], (1, 1))
     return z
 
 
-def _cut(array: jax.Array, count: int) -> list[jax.Array]:
-    return jnp.split(array, count, axis=1)
-
-
 def _turned(chunks: list[jax.Array]) -> jax.Array:
-    """[16 outputs x 16 blocks, chunks x width] of chunks [16 blocks, 16 outputs x width]."""
-    by_output = zip(*(_cut(chunk, BLOCK) for chunk in chunks), strict=True)
-    return jnp.concatenate([jnp.concatenate(pieces, axis=1) for pieces in by_output], axis=0)
+    """[16 outputs x 16 blocks, chunks x 16] of chunks [16 blocks, 16 outputs x 16]."""
+    whole = (chunks * GROUP)[:GROUP]
+    halves = [_exchanged([chunk[:, half : half + LANES] for chunk in whole]) for half in (0, LANES)]
+    return jnp.concatenate([*halves[0], *halves[1]], axis=0)[:, : CHUNK * len(chunks)]
 
 
-def _stats(arrays: list[jax.Array], group: _Group) -> tuple[jax.Array, jax.Array]:
+def _exchanged(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Of n arrays, lanes [..., n, 16]: array i becomes the lanes [..., i, 16] of all, in order. Neighbors exchange half
+    of what they have, then those two apart, then four."""
+    lane = lax.broadcasted_iota(jnp.int32, arrays[0].shape, 1)
+    arrays, step = list(arrays), 1
+    while step < len(arrays):
+        distance = CHUNK * step
+        low = lane & distance == 0
+        for i in range(len(arrays)):
+            if not i & step:
+                a, b = arrays[i], arrays[i + step]
+                arrays[i] = jnp.where(low, a, pltpu.roll(b, distance, 1))
+                arrays[i + step] = jnp.where(low, pltpu.roll(a, LANES - distance, 1), b)
+        step *= 2
+    return arrays
+
+
+def _stats(stats: jax.Array, steps: jax.Array, group: _Group) -> tuple[jax.Array, jax.Array]:
     """Zeros, int32, and scales, float32 rounded to bfloat16, [16 outputs x 16 blocks, lanes] of stats and steps."""
-    stats, steps = arrays
-    stats = _turned(_cut(stats, group.chunks) * group.copies)
-    # A word has codes and zeros of four strips (packing.pack_stats): a byte of each strip is a number for the product.
-    shifts = packing.shifts(4).astype(int)
-    pairs = [((stats >> code) & 15) << 4 | ((stats >> zero) & 15) for code, zero in zip(shifts[:4], shifts[4:], strict=True)]
-    pairs = _spread(pairs, 4)
-    steps = jnp.concatenate([steps.astype(jnp.float32)] * group.copies, axis=1)
-    scale = (pairs >> 4).astype(jnp.float32) * jnp.concatenate([steps] * BLOCK, axis=0)
-    return pairs & 15, _rounded(scale)
+    # Lanes [2 chunks, 4, 4 outputs, 4 words] of four arrays become [2 chunks, 4 arrays, 4 outputs, 4 words] of four.
+    whole = jnp.concatenate([stats] * (GROUP // group.chunks), axis=1)
+    pairs = _exchanged(jnp.split(whole, 4, axis=1))
+    lane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
+    source = (lane & 16) << 2 | (lane & 96) >> 1 | (lane & 12) >> 2
+    words = [jnp.take_along_axis(pair, source | output << 2, axis=1) for pair in pairs for output in range(4)]
+    words = jnp.concatenate(words, axis=0)
+    # The lane's own code of four, eight bits below its zero (packing.pack_stats).
+    lane = lax.broadcasted_iota(jnp.int32, words.shape, 1)
+    words >>= (lane & 1) << 4 | (lane & 2) << 1
+    steps = jnp.concatenate([steps.astype(jnp.float32)] * (LANES // steps.shape[1]), axis=1)
+    scale = (words & 15).astype(jnp.float32) * jnp.concatenate([steps] * BLOCK, axis=0)
+    return (words >> 8) & 15, _rounded(scale)
 
 
-def _scales(arrays: list[jax.Array], group: _Group) -> jax.Array | None:
-    """float32 [16 outputs x 16 blocks, lanes] of scales of chunks; None if there are none."""
-    if not arrays:
-        return None
-    return _spread([_turned(_cut(arrays[0].astype(jnp.float32), group.chunks) * group.copies)], CHUNK)
-
-
-def _spread(arrays: list[jax.Array], times: int) -> jax.Array:
-    """[R, L times], in the dtype of arrays [R, L]: at l what array l % len(arrays) has at l // times. By a product with
-    ones and zeros, exact for what bfloat16 holds."""
-    n, L = len(arrays), arrays[0].shape[1]
-    source, lane = (lax.broadcasted_iota(jnp.int32, (n * L, L * times), axis) for axis in (0, 1))
-    ones = (source == L * lax.rem(lane, n) + lax.div(lane, times)).astype(jnp.float32).astype(jnp.bfloat16)
-    joined = jnp.concatenate(arrays, axis=1).astype(jnp.float32).astype(jnp.bfloat16)
-    return dot(joined, ones, (1, 0)).astype(arrays[0].dtype)
+def _scales(scale: jax.Array, group: _Group) -> jax.Array:
+    """float32 [16 outputs x 16 blocks, lanes] of scales of chunks."""
+    whole = jnp.concatenate([scale.astype(jnp.float32)] * (GROUP // group.chunks), axis=1)
+    lane = lax.broadcasted_iota(jnp.int32, whole.shape, 1)
+    spread = [jnp.take_along_axis(whole, lane & ~15 | output, axis=1) for output in range(BLOCK)]
+    return jnp.concatenate(spread, axis=0)[:, : group.lanes]
 
 
 def _rounded(x: jax.Array) -> jax.Array:
