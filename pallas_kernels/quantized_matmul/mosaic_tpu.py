@@ -38,12 +38,12 @@ from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.tpu import LANES, VMEM_BYTES, dot
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.quantized_matmul import packing
-from pallas_kernels.quantized_matmul.config import MosaicTpuConfig, chunk_inputs, mosaic_tpu_heuristic
+from pallas_kernels.quantized_matmul.config import TPU_TILE, MosaicTpuConfig, chunk_inputs, mosaic_tpu_heuristic
 from pallas_kernels.quantized_matmul.packing import CHUNK
 from pallas_kernels.quantized_matmul.weights import BLOCK, STRIP, IntWeight, MixedBitWeight, Weight
 
 MOST_ROWS = 256
-ROWS = 16  # blocks of outputs that are decoded at a time: of bfloat16, a tile
+BLOCKS = TPU_TILE // BLOCK  # blocks of 16 outputs that are decoded at a time: of bfloat16, a tile
 GROUP = LANES // CHUNK  # chunks whose words of one output fill the lanes
 
 
@@ -105,10 +105,6 @@ class _Plane:
     x: jax.Array
     arrays: list[jax.Array]
 
-    @property
-    def chunks(self) -> int:
-        return self.arrays[0].shape[1] // (BLOCK * CHUNK)
-
 
 def _planes_of_digits(x: jax.Array, weight: MixedBitWeight) -> list[_Plane]:
     S, T = (plane.steps.shape[1] for plane in (weight.main, weight.tail))
@@ -128,8 +124,7 @@ def _plane_of_codes(x: jax.Array, weight: IntWeight) -> _Plane:
     if weight.group_size is not None:
         # A scale for each chunk and output, as words lie. They are 1/32 of a weight of 4 bits.
         scale = jnp.repeat(weight.scale, weight.group_size // inputs, axis=0)
-        scale = jnp.pad(scale, ((0, max(chunks - len(scale), 0)), (0, 0)))[:chunks]
-        arrays.append(packing.blocked(scale.T, 1))
+        arrays.append(packing.blocked(scale[:chunks].T, 1))
     return _Plane(weight.bits, _ordered(x, weight.bits), arrays)
 
 
@@ -190,8 +185,9 @@ def _ordered(x: jax.Array, bits: int) -> jax.Array:
 def _product(planes: list[_Plane], weight: Weight, config: MosaicTpuConfig) -> jax.Array:
     """z [M, N] in float32."""
     M, (K, N) = len(planes[0].x), weight.shape
-    tiles = min(config.tiles, pl.cdiv(N, BLOCK * ROWS))
-    steps = pl.cdiv(N, BLOCK * ROWS * tiles)
+    tiles = min(config.tiles, pl.cdiv(N, TPU_TILE))
+    columns = TPU_TILE * tiles
+    steps = pl.cdiv(N, columns)
     operands = {"x": [plane.x for plane in planes], "arrays": [plane.arrays for plane in planes]}
     operands = vary_like(operands, operands)
     axis_type = jax.typeof(operands["x"][0]).manual_axis_type
@@ -199,10 +195,9 @@ def _product(planes: list[_Plane], weight: Weight, config: MosaicTpuConfig) -> j
         # Rows are copied once, and need no second buffer.
         "x": [pl.BlockSpec(x.shape, lambda n: (0, 0), pipeline_mode=pl.Buffered(1)) for x in operands["x"]],
         "arrays": jax.tree.map(
-            lambda array: pl.BlockSpec((ROWS * tiles, array.shape[1]), lambda n: (n, 0)), operands["arrays"]
+            lambda array: pl.BlockSpec((BLOCKS * tiles, array.shape[1]), lambda n: (n, 0)), operands["arrays"]
         ),
     }
-    columns = BLOCK * ROWS * tiles
     z = pl.pallas_call(
         functools.partial(_kernel, [plane.bits for plane in planes], tiles),
         out_shape=jax.ShapeDtypeStruct((M, steps * columns), jnp.float32, manual_axis_type=axis_type),
@@ -218,33 +213,36 @@ def _product(planes: list[_Plane], weight: Weight, config: MosaicTpuConfig) -> j
         name="quantized_matmul",
     )(operands)
     # The kernel's outputs are [M, tiles, 16 of a block, blocks].
-    return z.reshape(M, -1, BLOCK, ROWS).swapaxes(2, 3).reshape(M, -1)[:, :N]
+    return z.reshape(M, -1, BLOCK, BLOCKS).swapaxes(2, 3).reshape(M, -1)[:, :N]
 
 
-def _kernel(bits: list[int], tiles: int, refs: dict, out_ref) -> None:
-    M = out_ref.shape[0]
-
+def _kernel(bits: list[int], tiles: int, refs: dict, out_ref: Any) -> None:
     def tile(i: Any, _: None) -> None:
-        rows = pl.ds(pl.multiple_of(ROWS * i, ROWS), ROWS)
-        z = jnp.zeros((BLOCK * ROWS, M), jnp.float32)
-        for x_ref, array_refs, b in zip(refs["x"], refs["arrays"], bits, strict=True):
-            chunks = array_refs[0].shape[1] // (BLOCK * CHUNK)
-            for first, count, group in _groups(chunks, b):
-
-                def add(j: Any, z: jax.Array, first=first, group=group, b=b, x_ref=x_ref, refs=array_refs) -> jax.Array:
-                    chunk = first + j * group.chunks
-                    arrays = []
-                    for ref in refs:
-                        width = ref.shape[1] // chunks
-                        array = ref[rows, _lanes(width * chunk, width * group.chunks)]
-                        # Signed here: XLA would write all words anew.
-                        arrays.append(array.astype(jnp.int32) if array.dtype == jnp.uint32 else array)
-                    return _multiply(z, arrays, group, b, x_ref, chunk_inputs(b) * chunk)
-
-                z = lax.fori_loop(0, count, add, z) if count > 1 else add(0, z)
-        out_ref[:, _lanes(BLOCK * ROWS * i, BLOCK * ROWS)] = z.T
+        blocks = pl.ds(pl.multiple_of(BLOCKS * i, BLOCKS), BLOCKS)
+        z = jnp.zeros((TPU_TILE, out_ref.shape[0]), jnp.float32)
+        for x_ref, arrays, b in zip(refs["x"], refs["arrays"], bits, strict=True):
+            z = _add_plane(z, x_ref, arrays, blocks, b)
+        out_ref[:, _lanes(TPU_TILE * i, TPU_TILE)] = z.T
 
     lax.fori_loop(0, tiles, tile, None)
+
+
+def _add_plane(z: jax.Array, x_ref: Any, refs: list, blocks: Any, bits: int) -> jax.Array:
+    """z + (x w)^T of a plane, [16 outputs x 16 blocks, M]: `blocks` of its arrays, group by group."""
+    chunks = refs[0].shape[1] // (BLOCK * CHUNK)
+
+    def add(first: int, group: _Group, j: Any, z: jax.Array) -> jax.Array:
+        chunk = first + j * group.chunks
+        of_chunk = [ref.shape[1] // chunks for ref in refs]
+        arrays = [ref[blocks, _lanes(n * chunk, n * group.chunks)] for ref, n in zip(refs, of_chunk, strict=True)]
+        # Words are signed from here on, where it costs nothing: XLA would write all of them anew.
+        arrays = [a.astype(jnp.int32) if a.dtype == jnp.uint32 else a for a in arrays]
+        return _multiply(z, arrays, group, bits, x_ref, chunk_inputs(bits) * chunk)
+
+    for first, count, group in _groups(chunks, bits):
+        step = functools.partial(add, first, group)
+        z = lax.fori_loop(0, count, step, z) if count > 1 else step(0, z)
+    return z
 
 
 def _lanes(start: Any, size: int) -> Any:
@@ -255,7 +253,7 @@ def _lanes(start: Any, size: int) -> Any:
 def _multiply(z: jax.Array, arrays: list, group: _Group, bits: int, x_ref: Any, begin: Any) -> jax.Array:
     """z + (x w)^T of a group, [16 outputs x 16 blocks, M]. Its arrays are [16 blocks, chunks x 16 outputs x ...]."""
     chunks = jnp.split(arrays[0], group.chunks, axis=1)
-    words = _turned([words >> (32 // group.copies * r) for r in range(group.copies) for words in chunks])
+    words = _turned([chunk >> (32 // group.copies * r) for r in range(group.copies) for chunk in chunks])
     zero, scale = 2 ** (bits - 1), None
     if bits == 2:
         zero, scale = _stats(*arrays[1:], group)
@@ -302,7 +300,7 @@ def _stats(stats: jax.Array, steps: jax.Array, group: _Group) -> tuple[jax.Array
     # Lanes [2 chunks, 4, 4 outputs, 4 words] of four arrays become [2 chunks, 4 arrays, 4 outputs, 4 words] of four.
     whole = jnp.concatenate([stats] * (GROUP // group.chunks), axis=1)
     pairs = _exchanged(jnp.split(whole, 4, axis=1))
-    lane = lax.broadcasted_iota(jnp.int32, (ROWS, LANES), 1)
+    lane = lax.broadcasted_iota(jnp.int32, (BLOCKS, LANES), 1)
     source = (lane & 16) << 2 | (lane & 96) >> 1 | (lane & 12) >> 2
     words = [jnp.take_along_axis(pair, source | output << 2, axis=1) for pair in pairs for output in range(4)]
     words = jnp.concatenate(words, axis=0)

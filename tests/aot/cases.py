@@ -168,12 +168,12 @@ _QUANTIZED_GPU = (
 )
 
 
-# What takes a path of its own on a TPU: one row, many rows of a long K, groups of 8, 4, 2 and 1 chunks, fewer outputs
+# What takes a path of its own on a TPU: one row, the most on-chip memory, groups of 8, 4, 2 and 1 chunks, fewer outputs
 # than a tile, no tail, scales of groups and of outputs, each epilogue, both dtypes.
 _QUANTIZED_TPU = {
     "llama2_7b_qkv_mixed_2_4_m1": "bfloat16",
     "llama2_7b_down_mixed_2_4_m16": "bfloat16",
-    "llama2_70b_down_mixed_2_4_m64": "bfloat16",
+    "most_rows": "bfloat16",
     "digits_swiglu_8": "float32",
     "two_bits_3": "bfloat16",
     "llama2_7b_down_int4_m8": "bfloat16",
@@ -189,9 +189,10 @@ def _quantized_matmul(implementation: str, shape: str, dtype: str, compiling: Co
 
     from pallas_kernels import quantized_matmul
     from pallas_kernels.quantized_matmul.config import MosaicGpuConfig
-    from pallas_kernels.quantized_matmul.shapes import SHAPES
+    from pallas_kernels.quantized_matmul.shapes import SHAPES, Shape
 
-    arrays, fill = _arrays_of(SHAPES[shape].abstract(dtype), compiling)
+    shapes = SHAPES | {"most_rows": Shape(256, 8192, 28672)}
+    arrays, fill = _arrays_of(shapes[shape].abstract(dtype), compiling)
     config = MosaicGpuConfig(**options) if options else None
 
     def call(*arrays):

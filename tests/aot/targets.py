@@ -83,13 +83,6 @@ class Target:
                 from jax.experimental.mosaic.gpu import utils
 
                 stack.enter_context(mock.patch.object(utils, "_infer_arch", return_value=(8, 0)))
-            if self.device.platform == "tpu":
-                # Some rules of Mosaic TPU ask the default device for its generation.
-                from jax._src import tpu_info
-
-                kind, cores = self.device.kind, self.device.num_cores
-                stack.enter_context(mock.patch.object(tpu_info, "get_device_kind", return_value=kind))
-                stack.enter_context(mock.patch.object(tpu_info, "get_num_device_cores", return_value=cores))
             yield Compiling(self, tuple(topologies.get_topology_desc(**self.topology).devices))
 
 
