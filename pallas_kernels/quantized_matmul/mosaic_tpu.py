@@ -256,7 +256,7 @@ def _multiply(z: jax.Array, arrays: list, group: _Group, bits: int, x_ref: Any, 
     words = _turned([chunk >> (32 // group.copies * r) for r in range(group.copies) for chunk in chunks])
     zero, scale = 2 ** (bits - 1), None
     if bits == 2:
-        zero, scale = _stats(*arrays[1:], group)
+        zero, scale = _stats(arrays[1], arrays[2], group)
     elif len(arrays) > 1:
         scale = _scales(arrays[1], group)
 
