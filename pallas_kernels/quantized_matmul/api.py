@@ -57,8 +57,8 @@ def quantized_matmul(
       bias: [N], of x's dtype.
       activation: None, "silu", "gelu" (by tanh, as jax.nn.gelu) or "swiglu" (N must be even; the first half of the
         columns are gates).
-      implementation: "auto", "mosaic_gpu", "xla", "reference", or names in order of preference. A named one runs or
-        raises. `pallas_kernels.explain` shows what runs and why.
+      implementation: "auto", "mosaic_gpu", "mosaic_tpu", "xla", "reference", or names in order of preference. A
+        named one runs or raises. `pallas_kernels.explain` shows what runs and why.
       config: tile sizes (an object of pallas_kernels.quantized_matmul.config); None looks in the tuning tables.
 
     Returns:

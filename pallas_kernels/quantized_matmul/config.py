@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pallas_kernels.core.activations import parts_of
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call
+from pallas_kernels.core.tpu import VMEM_BYTES, padded_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +65,41 @@ class Sm90Config:
                 raise ValueError(f"Sm90Config.{name} must be one of {tuple(allowed)}, got {value!r}.")
 
 
+@dataclasses.dataclass(frozen=True)
+class MosaicTpuConfig:
+    """The `mosaic_tpu` implementation.
+
+    Attributes:
+      tiles: outputs of a block, which is copied while another is multiplied, in tiles of 256.
+    """
+
+    tiles: int = 1
+
+    def __post_init__(self):
+        if self.tiles not in (1, 2, 4, 8):
+            raise ValueError(f"MosaicTpuConfig.tiles must be one of (1, 2, 4, 8), got {self.tiles!r}.")
+
+    def vmem_bytes(self, call: Call) -> int:
+        """On-chip memory of a call: words with their scales and sums twice (one computes, one is copied), all rows
+        once, and what a tile is decoded to."""
+        s, bits, dtype = call.sizes, call.option("bits"), call.arguments[0].dtype
+        inputs = s["K"] + -s["K"] % chunk_inputs(bits)
+        tails = 16 * (call.option("tail_strips") or 0)
+        words = TPU_TILE * (inputs + tails) * (3 / 8 if bits == "mixed_2_4" else bits / 8 + 1 / 32)
+        sums = padded_bytes(s["M"], TPU_TILE, "float32")
+        rows = padded_bytes(s["M"], inputs + tails, dtype)
+        return int(2 * self.tiles * (words + sums)) + rows + 2**21
+
+
 TILE = 64  # outputs of four warps
-Config = MosaicGpuConfig | Sm90Config
+TPU_TILE = 256  # outputs that are decoded at a time
+Config = MosaicGpuConfig | Sm90Config | MosaicTpuConfig
 
 
 def kinds(call: Call, device: Device, implementation: str | None) -> tuple[type[Config], ...]:
     """The configurations that an implementation takes for a call; the first is the kind of its own choice."""
+    if implementation == "mosaic_tpu":
+        return (MosaicTpuConfig,)
     if implementation != "mosaic_gpu":
         return ()
     if device.arch != "sm90":
@@ -83,6 +113,8 @@ def heuristic(call: Call, device: Device, implementation: str) -> Config:
     """
     if not (takes := kinds(call, device, implementation)):
         raise ValueError(f"quantized_matmul has no configuration for {implementation!r}.")
+    if implementation == "mosaic_tpu":
+        return mosaic_tpu_heuristic(call)
     s, num_sms, hopper = call.sizes, device.num_cores or 132, device.arch == "sm90"
     outputs, stages = s["N"] // parts_of(call.option("activation")), 3 if call.option("bits") == "mixed_2_4" else 4
     blocks = -(-outputs // TILE)
@@ -127,6 +159,21 @@ def _sm90(call: Call, tiles: int, num_sms: int) -> Sm90Config:
     return min(choices, key=cost)
 
 
+def mosaic_tpu_heuristic(call: Call) -> MosaicTpuConfig:
+    """The most outputs that fit what kernels plan with, but not more than an eighth of them: the first block is waited
+    for, and a step's own cost, a third of a microsecond, is little beside what it takes to decode a few tiles."""
+    few = (config for config in _mosaic_tpu_space(call) if 8 * config.tiles * TPU_TILE <= call.sizes["N"])
+    return max(few, key=lambda config: config.tiles, default=MosaicTpuConfig())
+
+
+def _mosaic_tpu_space(call: Call) -> Iterator[MosaicTpuConfig]:
+    """Blocks that fit what kernels plan with."""
+    for tiles in (1, 2, 4, 8):
+        config = MosaicTpuConfig(tiles)
+        if config.vmem_bytes(call) <= 3 * VMEM_BYTES // 4:
+            yield config
+
+
 def chunk_inputs(bits: int | str) -> int:
     """Inputs of 16 words."""
     return 16 * 32 // (2 if bits == "mixed_2_4" else int(bits))
@@ -135,6 +182,9 @@ def chunk_inputs(bits: int | str) -> int:
 def search_space(call: Call, device: Device, implementation: str) -> Iterator[Config]:
     """Configurations worth measuring."""
     if not (takes := kinds(call, device, implementation)):
+        return
+    if implementation == "mosaic_tpu":
+        yield from _mosaic_tpu_space(call)
         return
     if takes[0] is Sm90Config:
         for warpgroups in (1, 2, 3, 4):

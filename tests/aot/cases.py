@@ -168,17 +168,37 @@ _QUANTIZED_GPU = (
 )
 
 
-def _quantized_matmul(shape: str, compiling: Compiling, **options):
+# What takes a path of its own on a TPU: one row, the most on-chip memory, groups of 8, 4, 2 and 1 chunks, fewer outputs
+# than a tile, no tail, scales of groups and of outputs, each epilogue, both dtypes.
+_QUANTIZED_TPU = {
+    "llama2_7b_qkv_mixed_2_4_m1": "bfloat16",
+    "llama2_7b_down_mixed_2_4_m16": "bfloat16",
+    "most_rows": "bfloat16",
+    "digits_swiglu_8": "float32",
+    "two_bits_3": "bfloat16",
+    "llama2_7b_down_int4_m8": "bfloat16",
+    "int4_3": "float32",
+    "llama2_7b_out_int8_m8": "bfloat16",
+    "int8_2": "bfloat16",
+}
+
+
+def _quantized_matmul(implementation: str, shape: str, dtype: str, compiling: Compiling, **options):
     """`options`: of a MosaicGpuConfig; without any the usual one."""
     import jax
 
     from pallas_kernels import quantized_matmul
     from pallas_kernels.quantized_matmul.config import MosaicGpuConfig
-    from pallas_kernels.quantized_matmul.shapes import SHAPES
+    from pallas_kernels.quantized_matmul.shapes import SHAPES, Shape
 
-    arrays, fill = _arrays_of(SHAPES[shape].abstract("bfloat16"), compiling)
+    shapes = SHAPES | {"most_rows": Shape(256, 8192, 28672)}
+    arrays, fill = _arrays_of(shapes[shape].abstract(dtype), compiling)
     config = MosaicGpuConfig(**options) if options else None
-    return jax.jit(lambda *arrays: quantized_matmul(**fill(arrays), implementation="mosaic_gpu", config=config)), arrays
+
+    def call(*arrays):
+        return quantized_matmul(**fill(arrays), implementation=implementation, config=config)
+
+    return jax.jit(call), arrays
 
 
 def _flat_gemm(implementation: str, shape: str, dtype: str, compiling: Compiling):
@@ -387,7 +407,7 @@ CASES: tuple[Case, ...] = (
         Case(
             f"quantized_matmul/mosaic_gpu/{shape}",
             AMPERE + HOPPER,
-            functools.partial(_quantized_matmul, shape),
+            functools.partial(_quantized_matmul, "mosaic_gpu", shape, "bfloat16"),
             hot=True,
         )
         for shape in _QUANTIZED_GPU
@@ -395,8 +415,16 @@ CASES: tuple[Case, ...] = (
     Case(
         "quantized_matmul/mosaic_gpu/scales_ahead",
         AMPERE + HOPPER,
-        functools.partial(_quantized_matmul, "llama2_7b_qkv_mixed_2_4_m8", scales_ahead=True),
+        functools.partial(_quantized_matmul, "mosaic_gpu", "llama2_7b_qkv_mixed_2_4_m8", "bfloat16", scales_ahead=True),
         hot=True,
+    ),
+    *(
+        Case(
+            f"quantized_matmul/mosaic_tpu/{shape}",
+            TPUS,
+            functools.partial(_quantized_matmul, "mosaic_tpu", shape, dtype),
+        )
+        for shape, dtype in _QUANTIZED_TPU.items()
     ),
     *(
         Case(f"flat_gemm/mosaic_tpu/{shape}", TPUS, functools.partial(_flat_gemm, "mosaic_tpu", shape, dtype))

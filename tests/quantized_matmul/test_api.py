@@ -47,7 +47,7 @@ def weight():
         ),
         ({"activation": "swiglu"}, ValueError, "an even number; weight has N=15."),
         ({"config": 3}, ValueError, 'implementation "xla" takes no config, got 3.'),
-        ({"implementation": "mosaic_tpu"}, UnsupportedError, "quantized_matmul has no mosaic_tpu implementation"),
+        ({"implementation": "mosaic_tpu"}, UnsupportedError, "why : its kernels are for TPUs, and this is cpu"),
     ],
 )
 def test_bad_calls(x, weight, change, error, message):
