@@ -17,6 +17,7 @@ An entry is found by everything that could make it wrong: op, implementation, ha
 jaxlib version, dtypes, static arguments and shape bucket. What does not match, or cannot be read, is a miss.
 """
 
+import ast
 import contextlib
 import contextvars
 import dataclasses
@@ -47,15 +48,32 @@ def cache_folder() -> pathlib.Path:
 
 @functools.cache
 def source_hash(op: str, implementation: str) -> str:
-    """Hash of the Python source that decides the kernel: the implementation's file or folder, tiles and configs."""
-    folder = pathlib.Path(__file__).parent.parent / op
-    files = [folder / f"{implementation}.py", *(folder / implementation).glob("*.py")]
-    files += [folder / "tiles.py", folder / "config.py"]
-    files += [folder.parent / "core" / name for name in ("mma.py", "tpu.py")]
+    """Hash of the Python source that decides the kernel."""
     digest = hashlib.sha256()
-    for file in sorted(f for f in files if f.exists()):
+    for file in sources(op, implementation):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def sources(op: str, implementation: str) -> list[pathlib.Path]:
+    """The implementation's file or folder, what it imports of its operation, and parts of core that are in kernels."""
+    folder = pathlib.Path(__file__).parent.parent / op
+    found = {folder.parent / "core" / name for name in ("mma.py", "tpu.py")}
+    new = {folder / f"{implementation}.py", folder / "config.py", *(folder / implementation).glob("*.py")}
+    while new := {file for file in new if file.exists()} - found:
+        found |= new
+        new = {file for known in new for file in _imported(known, op, folder)}
+    return sorted(found)
+
+
+def _imported(file: pathlib.Path, op: str, folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Files of an operation that a file of it may import; some may not be there."""
+    package = f"pallas_kernels.{op}"
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and f"{node.module}.".startswith(f"{package}."):
+            module = folder.joinpath(*node.module.removeprefix(package).split(".")[1:])
+            yield module.with_suffix(".py")
+            yield from (module / f"{alias.name}.py" for alias in node.names)
 
 
 def key(call: Call, implementation: str) -> str:

@@ -69,6 +69,20 @@ def test_the_key_holds_everything_that_could_make_an_entry_wrong(choice):
     assert tuning.source_hash("flash_attention", "xla") in base
 
 
+@pytest.mark.parametrize(
+    ("op", "implementation", "some"),
+    [
+        ("quantized_matmul", "mosaic_gpu", {"mosaic_gpu", "sm90", "ring", "ptx", "lanes", "epilogue", "config", "mma"}),
+        ("quantized_matmul", "mosaic_tpu", {"mosaic_tpu", "packing", "config", "tpu"}),
+        ("flash_attention", "mosaic_gpu", {"sm90", "sm80", "tiles", "config", "mma"}),
+    ],
+)
+def test_the_hash_is_of_all_that_makes_the_kernel(op, implementation, some):
+    names = [file.stem for file in tuning.sources(op, implementation)]
+    assert some <= set(names)
+    assert "api" not in names
+
+
 def test_results_merge_and_survive_a_round_trip(choice, tmp_path):
     a, b = entry(choice, {"block_q": 8, "block_k": 8}), entry(choice, {"block_q": 16, "block_k": 8})
     assert (a | b).tables == b.tables
