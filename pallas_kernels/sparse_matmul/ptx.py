@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse products of Hopper in inline PTX, and how their left operand comes into registers.
 
-    wgmma.mma_async.sp.m64nRk32        z [64, R] += w [64, 32] x^T [32, R]          16-bit types: of 32 inputs 16 are kept
-    wgmma.mma_async.sp.m64nRk64        z [64, R] += w [64, 64] x^T [64, R]          int8, summed in int32: of 64, 32
+    wgmma.mma_async.sp.m64nRk32     z [64, R] += w [64, 32] x^T [32, R]      16-bit types: of 32 inputs 16 are kept
+    wgmma.mma_async.sp.m64nRk64     z [64, R] += w [64, 64] x^T [64, R]      int8, summed in int32: of 64, 32
 
 A step is two of them, 128 bytes of each row of x: a row of a swizzled tile. Thread t of a warpgroup holds
 
@@ -102,8 +102,8 @@ def take(values: Ref, metadata: Ref, block: Any, step: Any) -> tuple[jax.Array, 
 
 
 def multiply(sums: jax.Array, kept: tuple[jax.Array, jax.Array], x: Ref) -> jax.Array:
-    """Starts the products of a step: sums [64, R] + w [64, ..] x^T, x [R, 128 bytes] in shared memory. What comes back is
-    there behind `wait`."""
+    """Starts the products of a step: sums [64, R] + w [64, ..] x^T, x [R, 128 bytes] in shared memory. What comes back
+    is there behind `wait`."""
     rows, dtype, columns = sums.shape[1], x.dtype, _ROW // x.dtype.itemsize
     instruction, register = _KINDS[dtype.name]
     words = meta_words(dtype)

@@ -7,8 +7,8 @@ A block goes from tile to tile of the output, a warpgroup for each 64 outputs an
     take        W[k + ahead]                        each thread its own 32 bytes and 4 or 8 of metadata, past the L1
     multiply    Z^T [64, R] += W[k] X[k]^T          wgmma.sp: reads the kept half of W, and all of X
 
-A product of 64 outputs reads R rows of x out of shared memory at 128 bytes a clock, which takes it as long as the tensor
-cores need: weights must not come from there, too. They are stored as threads hold them, so that none is moved.
+A product of 64 outputs reads R rows of x out of shared memory at 128 bytes a clock, which takes as long as the tensor
+cores do: weights must not come from there, too. They are stored as threads hold them, so that none is moved.
 
 Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, section 3.
 """
@@ -26,15 +26,14 @@ from pallas_kernels.core.epilogue import with_outputs
 from pallas_kernels.core.mma import cost_option, tile_memory
 from pallas_kernels.sparse_matmul import ptx
 from pallas_kernels.sparse_matmul.config import TILE, Sm90Config
+from pallas_kernels.sparse_matmul.weights import Sparse24Weight
 
 Ref = Any
 
 
 def outputs(
     x: jax.Array,
-    values: jax.Array,
-    metadata: jax.Array,
-    N: int,
+    weight: Sparse24Weight,
     per_output: dict[str, jax.Array],
     *,
     activation: str | None,
@@ -43,11 +42,16 @@ def outputs(
     num_sms: int,
 ) -> jax.Array:
     """[M, N] of x [M, K]. `per_output` has arrays [1, N], padded to whole tiles of 64: "scale", "bias"."""
-    (M, K), inputs = x.shape, 128 // x.dtype.itemsize
+    (M, K), N, inputs, values = x.shape, weight.shape[1], 128 // x.dtype.itemsize, weight.values
     groups, stages, ahead = config.warpgroups, config.stages, config.ahead
+    # Copies leave out some of the first 8 rows, but not of others.
+    there = M if M < 8 else M + -M % 8
+    x = jnp.pad(x, ((0, there - M), (0, 0)))
     rows, steps = min(config.rows, M + -M % 8), values.shape[1] // ptx.PRODUCTS
+    if x.dtype == jnp.int8 and rows > 32:
+        rows += -rows % 16  # products of integers have no other widths
     across, down = -(-len(values) // groups), -(-M // rows)
-    blocks = min(across * down, num_sms * config.blocks)
+    blocks = min(across * down, num_sms)
 
     def kernel(x_gmem, values_gmem, metadata_gmem, *refs, slots: Ref, out_smem: Ref, full: Ref, free: Ref):
         option, out_gmem = dict(zip(per_output, refs[:-1], strict=True)), refs[-1]
@@ -96,8 +100,7 @@ def outputs(
             return ptx.as_float32(z)
 
         def finish(z: jax.Array, row: Any, own: Any) -> None:
-            z = with_outputs([z], option, own * TILE, plgpu.Layout.WGMMA)
-            y = activate_parts(z, activation)
+            y = activate_parts(with_outputs([z], option, own * TILE, plgpu.Layout.WGMMA), activation)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem.at[me].transpose((1, 0))[...] = y.astype(out_dtype)
             plgpu.commit_smem()
@@ -127,7 +130,7 @@ def outputs(
     kernel.__name__ = f"sparse_matmul_{x.dtype.name}"
     out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((max(M, 8), N), out_dtype),
+        out_type=jax.ShapeDtypeStruct((there, N), out_dtype),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=groups + 1,
@@ -142,7 +145,7 @@ def outputs(
         **cost_option(
             flops=2 * M * N * K,
             transcendentals=M * N if activation else 0,
-            bytes_accessed=values.nbytes + metadata.nbytes + x.nbytes + M * N * jnp.dtype(out_dtype).itemsize,
+            bytes_accessed=weight.nbytes + x.nbytes + M * N * jnp.dtype(out_dtype).itemsize,
         ),
-    )(x, values, metadata, *per_output.values())
+    )(x, values, weight.metadata, *per_output.values())
     return out[:M]

@@ -59,7 +59,10 @@ def _stand_in(function):
     def of_equation(eqn, *values):
         results = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
         arguments = jax.tree.unflatten(eqn.params["pytree_args"], values)
-        run = lambda *a: [np.asarray(out) for out in function(results, *jax.tree.map(np.asarray, a))]
+
+        def run(*arrays):
+            return [np.asarray(out) for out in function(results, *jax.tree.map(np.asarray, arrays))]
+
         return jax.tree.leaves(jax.pure_callback(run, results, *arguments))
 
     return of_equation
