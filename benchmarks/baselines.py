@@ -383,8 +383,8 @@ def torch_flash(arguments: Arguments, direction: str) -> list[Candidate]:
 
 
 def _decoded(arguments: Arguments) -> Arguments:
-    """A call of quantized_matmul as one of matrices: x and a weight [K, N] in x's dtype."""
-    if extra := [name for name in ("bias", "activation") if arguments.get(name) is not None]:
+    """A call of quantized_matmul or sparse_matmul as one of matrices: x and a weight [K, N] in x's dtype."""
+    if extra := [name for name in ("bias", "activation", "scales") if arguments.get(name) is not None]:
         raise Unavailable(f"multiplies, and takes no {', '.join(extra)}")
     return {"x": arguments["x"], "w": arguments["weight"].dequantize().astype(arguments["x"].dtype)}
 
@@ -484,5 +484,6 @@ BASELINES: Mapping[str, Mapping[str, Baseline]] = {
     },
     "decode_attention": {"cudnn": cudnn_decode},
     "flat_gemm": {"cublas": cublas},
+    "sparse_matmul": {"cublas": cublas_decoded},
     "quantized_matmul": {"cublas": cublas_decoded, "humming": humming, "tinygemm": tinygemm},
 }

@@ -25,6 +25,8 @@ from pallas_kernels.flat_gemm import reference as flat_gemm_reference
 from pallas_kernels.flat_gemm import shapes as flat_gemm_shapes
 from pallas_kernels.quantized_matmul import reference as quantized_matmul_reference
 from pallas_kernels.quantized_matmul import shapes as quantized_matmul_shapes
+from pallas_kernels.sparse_matmul import reference as sparse_matmul_reference
+from pallas_kernels.sparse_matmul import shapes as sparse_matmul_shapes
 
 Arguments = dict[str, Any]
 # Where something lies in an array: an index that NumPy takes.
@@ -224,6 +226,15 @@ OPERATIONS: dict[str, Operation] = {
         differentiable=(),
         specification=quantized_matmul_reference.specified,
         naive=quantized_matmul_reference.naively,
+        samples=whole,
+        memory_bound=True,
+    ),
+    "sparse_matmul": Operation(
+        function=pallas_kernels.sparse_matmul,
+        shapes=sparse_matmul_shapes.SHAPES,
+        differentiable=(),
+        specification=sparse_matmul_reference.specified,
+        naive=sparse_matmul_reference.naively,
         samples=whole,
         memory_bound=True,
     ),

@@ -11,12 +11,16 @@ from pallas_kernels.flat_gemm.api import flat_gemm
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pallas_kernels.quantized_matmul.quantize import quantize
 from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight
+from pallas_kernels.sparse_matmul.api import sparse_matmul
+from pallas_kernels.sparse_matmul.prune import prune_2_4, prune_4_8_pairs
+from pallas_kernels.sparse_matmul.weights import Sparse24Weight
 
 __all__ = [
     "DecodeStats",
     "IntWeight",
     "MixedBitWeight",
     "SoftmaxStats",
+    "Sparse24Weight",
     "UnifiedMax",
     "UnsupportedError",
     "decode_attention",
@@ -24,8 +28,11 @@ __all__ = [
     "flash_attention",
     "flat_gemm",
     "masks",
+    "prune_2_4",
+    "prune_4_8_pairs",
     "quantize",
     "quantized_matmul",
+    "sparse_matmul",
 ]
 __version__ = "0.1.0"
 

@@ -37,6 +37,7 @@ CALLS = {
     "decode_attention": ("batch_8_8k_page_16", "int8_160"),
     "flat_gemm": ("llama2_7b_qkv_m1", "llama2_7b_qkv_m128"),
     "quantized_matmul": ("llama2_7b_qkv_mixed_2_4_m1", "llama2_7b_qkv_int8_m8"),
+    "sparse_matmul": ("llama2_7b_qkv_m64",),
 }
 
 

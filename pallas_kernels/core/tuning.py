@@ -58,7 +58,7 @@ def source_hash(op: str, implementation: str) -> str:
 def sources(op: str, implementation: str) -> list[pathlib.Path]:
     """The implementation's file or folder, what it imports of its operation, and parts of core that are in kernels."""
     folder = pathlib.Path(__file__).parent.parent / op
-    found = {folder.parent / "core" / name for name in ("mma.py", "tpu.py")}
+    found = {folder.parent / "core" / name for name in ("cluster.py", "epilogue.py", "inline.py", "mma.py", "tpu.py")}
     new = {folder / f"{implementation}.py", folder / "config.py", *(folder / implementation).glob("*.py")}
     while new := {file for file in new if file.exists()} - found:
         found |= new

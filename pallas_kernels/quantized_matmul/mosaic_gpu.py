@@ -36,10 +36,10 @@ from pallas_kernels.core import cluster
 from pallas_kernels.core.activations import activate_parts, parts_of
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.epilogue import with_outputs
 from pallas_kernels.core.mma import copies_of_device, cost_option, store, tile_memory
 from pallas_kernels.quantized_matmul import lanes, ptx, sm90
 from pallas_kernels.quantized_matmul.config import TILE, MosaicGpuConfig, Sm90Config, chunk_inputs
-from pallas_kernels.quantized_matmul.epilogue import with_outputs
 from pallas_kernels.quantized_matmul.ring import Ring, Stored, barrier, index_of, put, wait
 from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight, Weight
 

@@ -10,7 +10,7 @@ A warpgroup holds tiles of 64 outputs, 16 a warp. Layouts, thread 4 g + c of eac
     SUMS  [64, 8 m]   accumulators of mma.m16n8k16
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,39 +20,23 @@ from jax.experimental import pallas as pl  # noqa: F401  (registers the lowering
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.core.inline import Value, array, constant, i32, inline, result, tiled, vector_of, words_of
 from pallas_kernels.quantized_matmul import lanes
-
-Ref = Any
-Value = Any
-
-
-def _tiled(tiling: Sequence[tuple[int, ...]], warps: tuple, lanes_: tuple) -> Any:
-    """A layout whose last axis is a thread's vector."""
-    layout: Any = mgpu.TiledLayout(
-        mgpu.fragmented_array.Tiling(tuple(tiling)),
-        warp_dims=warps,
-        lane_dims=lanes_,
-        vector_dim=-1,
-        _check_canonical=False,
-    ).canonicalize()
-    tiled: Any = plgpu.Layout.TILED
-    return tiled(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
-
 
 _EVERY_WARP, _EVERY_GROUP = mgpu.fragmented_array.Replicated(4), mgpu.fragmented_array.Replicated(8)
 WORDS = plgpu.Layout.WGMMA_8BIT
-STATS = _tiled(((64, 4), (16, 4), (8, 4), (1,)), (-7,), (-3, -2))
-STEPS = _tiled(((4, 16), (1, 16), (4,)), (-5,), (_EVERY_GROUP, -2))
-ROWS = _tiled(((8, 64), (8, 16), (8,)), (_EVERY_WARP,), (-3, -4))
+STATS = tiled(((64, 4), (16, 4), (8, 4), (1,)), (-7,), (-3, -2))
+STEPS = tiled(((4, 16), (1, 16), (4,)), (-5,), (_EVERY_GROUP, -2))
+ROWS = tiled(((8, 64), (8, 16), (8,)), (_EVERY_WARP,), (-3, -4))
 SUMS = plgpu.Layout.MMA_ACC(jnp.bfloat16)
 
 
 def rows_in_order(inputs: int) -> Any:
     """[rows, inputs] of two adjacent columns, 8 g + 2 c and one more, of a stretch of 64 in each warp."""
     stretches = inputs // 64
-    return _tiled(((4 // stretches, inputs), (1, 64), (8,), (2,)), (-6, -5), (-3, -2))
+    return tiled(((4 // stretches, inputs), (1, 64), (8,), (2,)), (-6, -5), (-3, -2))
 
 
 def scales(stats: jax.Array, steps: jax.Array) -> list[jax.Array]:
@@ -61,7 +45,7 @@ def scales(stats: jax.Array, steps: jax.Array) -> list[jax.Array]:
 
     def quantized_scales(_, stats, steps):
         (both,) = steps.registers.flat
-        pairs = lanes.scales(_Ptx(), [_words_of(r)[0] for r in stats.registers.flat], _words_of(both))
+        pairs = lanes.scales(_Ptx(), [words_of(r)[0] for r in stats.registers.flat], words_of(both))
         return [array(WORDS, (64, 16), jnp.uint32, of_outputs) for of_outputs in pairs]
 
     return inline(quantized_scales, (STATS, STEPS), [result(WORDS, (64, 16), jnp.uint32)] * 2, stats, steps)
@@ -74,7 +58,7 @@ def strips(
     returns them, x [8 m, 64 j] in ROWS: of j stretches of 64 inputs."""
 
     def quantized_strips(_, sums, words, scales, x):
-        words, *scales = ([_words_of(r) for r in one.registers.flat] for one in (words, *scales))
+        words, *scales = ([words_of(r) for r in one.registers.flat] for one in (words, *scales))
         parts = [_sums_of(s) for s in sums]
         parts = lanes.strips(_Ptx(), parts, words, scales, _rows_of(x), stretches)
         return [_with_sums(s, part) for s, part in zip(sums, parts, strict=True)]
@@ -88,7 +72,7 @@ def integers(total: jax.Array, words: jax.Array, scale: jax.Array | None, x: jax
     for 1, x [8 m, 512 / bits] in ROWS."""
 
     def quantized_integers(_, total, words, x, scale=None):
-        of_outputs, sums = [_words_of(r) for r in words.registers.flat], _sums_of(total)
+        of_outputs, sums = [words_of(r) for r in words.registers.flat], _sums_of(total)
         if scale is None:
             return _with_sums(total, lanes.integers(_Ptx(), sums, of_outputs, _rows_of(x), bits))
         zero = arith.constant(ir.F32Type.get(), 0.0)
@@ -111,7 +95,7 @@ def strip(words: jax.Array, scales: list[jax.Array], j: int) -> jax.Array:
     and one more are inputs 2 p and 2 p + 1 of strip 4 j + c of a chunk. Arguments as of `strips`."""
 
     def quantized_strip(_, words, scales):
-        words, *scales = ([_words_of(r) for r in one.registers.flat] for one in (words, *scales))
+        words, *scales = ([words_of(r) for r in one.registers.flat] for one in (words, *scales))
         return _operand(lanes.strip(_Ptx(), words, scales, j))
 
     return inline(quantized_strip, (WORDS, [WORDS] * 2), _OPERAND, words, scales)
@@ -121,8 +105,8 @@ def stretch(words: jax.Array, scales: jax.Array | None = None, *, j: int, bits: 
     """The same of symmetric codes: `lanes.stretch`. scales [64, 4] of words, as `ring.take_codes` reads them."""
 
     def quantized_stretch(_, words, scales=None):
-        factors = None if scales is None else [_words_of(r)[0] for r in scales.registers.flat]
-        return _operand(lanes.stretch(_Ptx(), [_words_of(r) for r in words.registers.flat], factors, j, bits))
+        factors = None if scales is None else [words_of(r)[0] for r in scales.registers.flat]
+        return _operand(lanes.stretch(_Ptx(), [words_of(r) for r in words.registers.flat], factors, j, bits))
 
     given = [words] if scales is None else [words, scales]
     return inline(quantized_stretch, (WORDS, STATS)[: len(given)], _OPERAND, *given)
@@ -161,25 +145,11 @@ class _Ptx(lanes.Instructions):
         return [llvm.extractvalue(f32, result, [i]) for i in range(4)]
 
 
-def _words_of(register: Value) -> list[Value]:
-    """The 32-bit words of a register of the array: a vector of some type."""
-    size = mgpu.utils.bitwidth(register.type) // 32
-    as_words = vector.bitcast(ir.VectorType.get((size,), i32()), register)
-    return [llvm.extractelement(as_words, constant(i)) for i in range(size)]
-
-
-def _vector(words: Sequence[Value], type_: ir.Type) -> Value:
-    x = llvm.mlir_undef(ir.VectorType.get((len(words),), words[0].type))
-    for i, word in enumerate(words):
-        x = llvm.insertelement(x, word, constant(i))
-    return x if x.type == type_ else vector.bitcast(type_, x)
-
-
 def _rows_of(x: mgpu.FragmentedArray) -> list[list[list[Value]]]:
     """[tile][stretch][pair of inputs]."""
     tiles, stretches = x.registers.shape[:2]
     return [
-        [[w for register in x.registers[tile, j].flat for w in _words_of(register)] for j in range(stretches)]
+        [[w for register in x.registers[tile, j].flat for w in words_of(register)] for j in range(stretches)]
         for tile in range(tiles)
     ]
 
@@ -191,7 +161,7 @@ def _sums_of(x: mgpu.FragmentedArray) -> list[list[Value]]:
 
 
 def _with_sums(x: mgpu.FragmentedArray, sums: list[list[Value]]) -> mgpu.FragmentedArray:
-    vectors = [_vector(tile[i : i + 2], x.registers.flat[0].type) for tile in sums for i in (0, 2)]
+    vectors = [vector_of(tile[i : i + 2], x.registers.flat[0].type) for tile in sums for i in (0, 2)]
     registers = np.empty(len(vectors), object)
     registers[:] = vectors
     return mgpu.FragmentedArray(_registers=registers.reshape(x.registers.shape), _layout=x.layout, _is_signed=None)
@@ -204,38 +174,6 @@ def _operand(weights: Sequence[Sequence[Value]]) -> mgpu.FragmentedArray:
 
 def _like(total: jax.Array) -> Any:
     return result(SUMS, total.shape, jnp.float32)
-
-
-# --- For ring.py, too ----------------------------------------------------------------------------------------
-
-
-def inline(function: Callable, types: tuple, result: Any, *arguments: Any) -> Any:
-    """Calls a function of registers on arguments of such layouts."""
-    called: Any = plgpu.inline_mgpu(arg_types=types, return_type=result)
-    return called(function)(*arguments)
-
-
-def result(layout: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """What an inlined function returns."""
-    return plgpu.ShapeDtypeStruct(shape, jnp.dtype(dtype), layout=layout)
-
-
-def array(layout: Any, shape: tuple[int, ...], dtype: Any, registers: Sequence[Sequence[Value]]) -> Any:
-    """Of the 32-bit words of each register."""
-    tiled, element = layout.to_mgpu(), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype))
-    made = np.empty(len(registers), object)
-    made[:] = [_vector(words, ir.VectorType.get((tiled.vector_length,), element)) for words in registers]
-    signed = {"i": True, "u": False}.get(jnp.dtype(dtype).kind)
-    return mgpu.FragmentedArray(_registers=made.reshape(tiled.registers_shape(shape)), _layout=tiled, _is_signed=signed)
-
-
-def i32() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def constant(x: int) -> Value:
-    # Signless 32 bits: what is 2^31 or more is given as the negative number with the same bits.
-    return mgpu.c(x - 2**32 if x >= 2**31 else x, i32())
 
 
 _OPERAND = result(plgpu.Layout.WGMMA, (64, 64), jnp.bfloat16)

@@ -26,23 +26,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.core.inline import Ref, Value, array, constant, i32, inline, result
 from pallas_kernels.quantized_matmul.config import chunk_inputs
 from pallas_kernels.quantized_matmul.packing import CHUNK
-from pallas_kernels.quantized_matmul.ptx import (
-    ROWS,
-    STATS,
-    STEPS,
-    SUMS,
-    WORDS,
-    Ref,
-    Value,
-    array,
-    constant,
-    i32,
-    inline,
-    result,
-    rows_in_order,
-)
+from pallas_kernels.quantized_matmul.ptx import ROWS, STATS, STEPS, SUMS, WORDS, rows_in_order
 from pallas_kernels.quantized_matmul.weights import BLOCK, IntWeight, Weight
 
 THREADS, PIECE = 128, 16  # bytes that a thread copies at a time

@@ -28,10 +28,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import cluster
 from pallas_kernels.core.activations import activate_parts, parts_of
+from pallas_kernels.core.epilogue import with_outputs
 from pallas_kernels.core.mma import cost_option, tile_memory
 from pallas_kernels.quantized_matmul import lanes, ptx
 from pallas_kernels.quantized_matmul.config import TILE, Sm90Config
-from pallas_kernels.quantized_matmul.epilogue import with_outputs
 from pallas_kernels.quantized_matmul.ring import Stored, index_of, take_codes, take_digits, take_rows_in_order
 from pallas_kernels.quantized_matmul.weights import MixedBitWeight, Weight
 

@@ -201,6 +201,27 @@ def _quantized_matmul(implementation: str, shape: str, dtype: str, compiling: Co
     return jax.jit(call), arrays
 
 
+# Many rows and few, each type, an epilogue.
+_SPARSE_GPU = {
+    "square_4096": "bfloat16",
+    "llama2_7b_gate_up_m64": "float16",
+    "llama2_7b_down_m1": "bfloat16",
+    "int8_llama2_7b_gate_up_m4096": "bfloat16",
+    "gelu_int8": "bfloat16",
+}
+
+
+def _sparse_matmul(shape: str, dtype: str, compiling: Compiling):
+    import jax
+
+    from pallas_kernels import sparse_matmul
+    from pallas_kernels.sparse_matmul.shapes import SHAPES, Shape
+
+    shapes = SHAPES | {"gelu_int8": Shape(197, 3072, 768, "int8", activation="gelu", bias=True)}
+    arrays, fill = _arrays_of(shapes[shape].abstract(dtype), compiling)
+    return jax.jit(lambda *arrays: sparse_matmul(**fill(arrays), implementation="mosaic_gpu")), arrays
+
+
 def _flat_gemm(implementation: str, shape: str, dtype: str, compiling: Compiling):
     import jax
 
@@ -411,6 +432,10 @@ CASES: tuple[Case, ...] = (
             hot=True,
         )
         for shape in _QUANTIZED_GPU
+    ),
+    *(
+        Case(f"sparse_matmul/mosaic_gpu/{shape}", HOPPER, functools.partial(_sparse_matmul, shape, dtype), hot=True)
+        for shape, dtype in _SPARSE_GPU.items()
     ),
     Case(
         "quantized_matmul/mosaic_gpu/scales_ahead",

@@ -75,6 +75,7 @@ def test_the_key_holds_everything_that_could_make_an_entry_wrong(choice):
         ("quantized_matmul", "mosaic_gpu", {"mosaic_gpu", "sm90", "ring", "ptx", "lanes", "epilogue", "config", "mma"}),
         ("quantized_matmul", "mosaic_tpu", {"mosaic_tpu", "packing", "config", "tpu"}),
         ("flash_attention", "mosaic_gpu", {"sm90", "sm80", "tiles", "config", "mma"}),
+        ("sparse_matmul", "mosaic_gpu", {"mosaic_gpu", "sm90", "ptx", "weights", "config", "inline"}),
     ],
 )
 def test_the_hash_is_of_all_that_makes_the_kernel(op, implementation, some):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done to the sums of both kernels for NVIDIA GPUs before they leave: scales and biases of outputs."""
+"""What kernels for NVIDIA GPUs do to sums of turned products, [outputs, M], before they leave: scales and biases."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
