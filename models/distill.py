@@ -97,9 +97,11 @@ def loss(
     """
     (logits, features), (teacher_logits, teacher_features) = student, teacher
     layers = feature_losses(features, teacher_features, by_energy=weights.by_energy)
-    unsupervised = labels is None or weights.hard == 0
+    hard = jnp.zeros((), jnp.float32)
+    if labels is not None and weights.hard > 0:
+        hard = hard_loss(logits, labels)
     parts = {
-        "hard": jnp.zeros((), jnp.float32) if unsupervised else hard_loss(logits, labels),
+        "hard": hard,
         "soft": soft_loss(logits, teacher_logits, weights.temperature),
         "feature": jnp.sum(layers if rho is None else rho * layers),
     }

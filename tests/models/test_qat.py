@@ -59,7 +59,7 @@ def test_limits_do_not_depend_on_how_values_come(parts):
     assert seen.limit("max") == np.abs(values).max()
     limit, bin_width = seen.limit("percentile"), seen.top / 2048
     assert np.mean(np.abs(values) <= limit) >= 0.999
-    assert np.mean(np.abs(values) <= limit - 2 * bin_width) < 0.999
+    assert np.mean(np.abs(values) <= limit - 2 * bin_width) <= 0.999
     # The best limit, by a search of its own on the values themselves.
     codes, limits = Codes(4), np.abs(values).max() * np.linspace(0.05, 1, 200)
     errors = [np.mean((values - np.clip(np.round(values / (l / 7)), -7, 7) * (l / 7)) ** 2) for l in limits]
