@@ -22,6 +22,7 @@ from pallas_kernels import masks
 from pallas_kernels.core import device
 from pallas_kernels.masks.base import And
 from pallas_kernels.quantized_matmul.weights import IntWeight
+from pallas_kernels.sparse_matmul import reference as sparse_matmul_reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -463,6 +464,60 @@ def tinygemm(arguments: Arguments, direction: str) -> list[Candidate]:
     return [_rotated(lambda i: torch.ops.aten._weight_int4pack_mm(x, weights[i], 128, both), weight.nbytes)]
 
 
+def _of_torch(arguments: Arguments) -> tuple[Any, Any, Any, int]:
+    """A call of sparse_matmul for PyTorch: x [M, K], the dense weight [N, K], float32 scales of outputs or None, and the
+    bytes of the weight as it is stored."""
+    if extra := [name for name in ("bias", "activation") if arguments.get(name) is not None]:
+        raise Unavailable(f"is measured without {', '.join(extra)}")
+    if device.current().platform != "gpu":
+        raise Unavailable("needs an NVIDIA GPU")
+    with _importing():
+        import torch  # type: ignore[import-not-found]
+    weight, scales = arguments["weight"], arguments.get("scales")
+    x, w = arguments["x"], sparse_matmul_reference.dense(weight).T + 0
+    if scales is not None and x.dtype != jnp.int8:
+        raise Unavailable("takes x in int8")
+    scale = None if scales is None else scales[0] * scales[1]
+    arrays = (None if a is None else torch.from_dlpack(jax.block_until_ready(a)).clone() for a in (x, w, scale))
+    return (*arrays, weight.nbytes)
+
+
+def cusparselt(arguments: Arguments, direction: str) -> list[Candidate]:
+    """cuSPARSELt through PyTorch, with the algorithm that its search finds fastest; scales fused, as ours are."""
+    x, w, scale, nbytes = _of_torch(arguments)
+    import torch  # type: ignore[import-not-found]
+
+    try:
+        packed = [torch._cslt_compress(w) for _ in range(timing.copies(nbytes))]
+    except RuntimeError as error:
+        raise Unavailable(f"this PyTorch has no cuSPARSELt: {error}") from None
+    # Floating products take no other type than their own.
+    kind = None if scale is None else getattr(torch, jnp.dtype(arguments["out_dtype"]).name)
+    best = torch._C._cusparselt.mm_search(packed[0], x.t(), None, scale, kind, True)
+    how = dict(zip(("alg_id", "split_k", "split_k_mode"), best, strict=False))
+    options = {"alpha": scale, "out_dtype": kind, "transpose_result": True, **how}
+    return [_rotated(lambda i: torch._cslt_sparse_mm(packed[i], x.t(), **options), nbytes)]
+
+
+def torch_int8(arguments: Arguments, direction: str) -> list[Candidate]:
+    """cuBLASLt's int8 product through PyTorch, `torch._int_mm`: timed without the scales, which it has not."""
+    x, w, scale, _ = _of_torch(arguments)
+    import torch  # type: ignore[import-not-found]
+
+    if scale is None:
+        raise Unavailable("multiplies integers")
+    kind = getattr(torch, jnp.dtype(arguments["out_dtype"]).name)
+    weights = [w.clone() for _ in range(timing.copies(w.numel()))]
+    product = _rotated(lambda i: torch._int_mm(x, weights[i].t()), w.numel())
+
+    def outputs() -> list[jax.Array]:
+        out = (torch._int_mm(x, weights[0].t()) * scale).to(kind)
+        torch.cuda.synchronize()
+        return [jnp.from_dlpack(out)]
+
+    return [dataclasses.replace(product, outputs=outputs)]
+
+
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
     """A library that cannot be imported is not available; its shared objects may be missing, too."""
@@ -484,6 +539,6 @@ BASELINES: Mapping[str, Mapping[str, Baseline]] = {
     },
     "decode_attention": {"cudnn": cudnn_decode},
     "flat_gemm": {"cublas": cublas},
-    "sparse_matmul": {"cublas": cublas_decoded},
+    "sparse_matmul": {"cublas": cublas_decoded, "cusparselt": cusparselt, "torch_int8": torch_int8},
     "quantized_matmul": {"cublas": cublas_decoded, "humming": humming, "tinygemm": tinygemm},
 }

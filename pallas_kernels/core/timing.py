@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 METHODS = ("cupti", "wall")
@@ -77,7 +78,7 @@ def measure(
             raise ValueError("a compiled function takes one set of arguments; rotate=True needs the function itself")
         compiled: Callable = function
     elif count_of_sets > 1:
-        sets = [jax.tree.map(lambda x: x + 0, tuple(arguments)) for _ in range(count_of_sets)]
+        sets = [jax.tree.map(_copy, tuple(arguments)) for _ in range(count_of_sets)]
         once = jax.jit(function)  # traced once for all copies
         compiled = jax.jit(lambda *sets: [once(*one) for one in sets]).lower(*sets).compile()
         arguments = sets
@@ -100,6 +101,11 @@ def repetitions(budget: float, seconds: float) -> int:
 def copies(nbytes: int) -> int:
     """How many sets of so many bytes no longer fit the cache together."""
     return max(1, min(64, math.ceil(BEYOND_CACHE / max(nbytes, 1))))
+
+
+def _copy(x: Any) -> Any:
+    """With the same order of axes in memory."""
+    return jax.jit(jnp.copy, out_shardings=x.format)(x) if isinstance(x, jax.Array) else x + 0
 
 
 def _once(compiled: Callable, arguments: Sequence) -> float:

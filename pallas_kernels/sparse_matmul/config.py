@@ -1,16 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiles of the kernel for Hopper: what they may be, a first guess, and where to search. The others have none."""
 
+import contextlib
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call
 
-TILE = 64  # outputs of a warpgroup
+TILE = 64  # outputs of a product
+CHUNK = 32  # rows of an output that leave at a time, while the next are written
 # Of a thread that multiplies, by their warpgroups: the one that copies leaves them all but 24 of its own.
 REGISTERS = {1: 240, 2: 240, 3: 160}
 OTHERS = 22  # registers that are neither sums nor weights
+SHARED_MEMORY = 227 * 1024
+SLACK = 512  # of it: barriers
+# Measured on an H100, whose power limits its clock: sparse products of 128 bytes of a row, in nanoseconds for each
+# output of a multiprocessor; bytes that come from the L2 and from the memory in a nanosecond; a tile's first steps.
+PRODUCT, L2, MEMORY, TILE_TIME = 0.0142, 9500, 2900, 1500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,27 +31,52 @@ class Sm90Config:
 
     Attributes:
       rows: of x in a tile, a multiple of 8; no more are taken than there are.
-      warpgroups: of a block, 64 outputs each; they share rows of x.
-      stages: steps of 128 bytes of each row of x that shared memory holds.
-      ahead: steps whose weights are on their way to registers.
+      warpgroups: of a block; they share rows of x.
+      stages: steps, of 128 bytes of each row of x and their weights, that shared memory holds.
+      tiles: of 64 outputs of a warpgroup.
+      cluster: blocks that read rows of x for each other, 1 or 2.
     """
 
     rows: int = 256
     warpgroups: int = 2
     stages: int = 4
-    ahead: int = 4
+    tiles: int = 1
+    cluster: int = 1
 
     def __post_init__(self):
-        rules = {"rows": range(8, 257, 8), "warpgroups": (1, 2, 3), "stages": range(2, 17), "ahead": range(1, 13)}
+        rules = {
+            "rows": range(8, 257, 8),
+            "warpgroups": (1, 2, 3),
+            "stages": range(2, 33),
+            "tiles": (1, 2),
+            "cluster": (1, 2),
+        }
         for name, allowed in rules.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"Sm90Config.{name} must be one of {tuple(allowed)}, got {value!r}.")
-        if self.rows // 2 + 9 * self.ahead + OTHERS > self.registers:
-            raise ValueError(f"Sm90Config: sums and weights ahead do not fit {self.registers} registers: {self}.")
+        if self.tiles * (self.rows // 2 + 2 * 10) + OTHERS > self.registers:
+            raise ValueError(f"Sm90Config: sums and weights do not fit {self.registers} registers: {self}.")
 
     @property
     def registers(self) -> int:
         return REGISTERS[self.warpgroups]
+
+    @property
+    def outputs(self) -> int:
+        """Of a tile of a cluster."""
+        return self.cluster * self.warpgroups * self.tiles * TILE
+
+    def rows_of(self, M: int, dtype: Any) -> int:
+        """Of a tile."""
+        rows = min(self.rows, M + -M % 8)
+        # Products of integers have no other widths; halves of a cluster are whole tiles of 8 rows.
+        multiple = 16 if self.cluster > 1 or (jnp.dtype(dtype) == jnp.int8 and rows > 32) else 8
+        return rows + -rows % multiple
+
+    def rows_at_a_time(self, rows: int, dtype: Any, clusters: int) -> int:
+        """How many tiles of rows `clusters` tiles should cover: as many bytes of x as of weights."""
+        kept = 0.5625 if jnp.dtype(dtype).itemsize == 2 else 0.625
+        return max(1, round(math.sqrt(clusters * self.outputs * kept / rows)))
 
 
 def kinds(device: Device, implementation: str) -> tuple[type[Sm90Config], ...]:
@@ -48,28 +85,42 @@ def kinds(device: Device, implementation: str) -> tuple[type[Sm90Config], ...]:
 
 
 def heuristic(call: Call, device: Device, implementation: str) -> Sm90Config:
-    """A configuration by what is known of the hardware; nothing was measured yet.
-
-    Many rows: as many as an instruction takes, for each reads its weights once. Few: blocks of so many warpgroups that
-    multiprocessors have about the same number of outputs, and as many bytes of weights on their way as registers hold.
-    """
-    M, tiles = call.sizes["M"], -(-call.sizes["N"] // TILE)
-    if M > 128:
-        return Sm90Config()
-    rows, num_sms = M + -M % 8, device.num_cores or 132
-    warpgroups = max(1, min(3, -(-tiles // num_sms)))
-    left = REGISTERS[warpgroups] - OTHERS - rows // 2
-    return Sm90Config(rows, warpgroups, stages=8 if rows <= 64 else 6, ahead=min(10, left // 9))
+    """The configuration that should take the least time."""
+    return next(search_space(call, device, implementation))
 
 
 def search_space(call: Call, device: Device, implementation: str) -> Iterator[Sm90Config]:
-    """Configurations worth measuring."""
+    """Configurations worth measuring: the twelve that should take the least time."""
     M = call.sizes["M"]
-    for rows in (64, 128, 192, 256):
-        for warpgroups in (1, 2, 3):
-            for ahead in (2, 4, 6, 8):
-                if rows - 64 < M:
-                    try:
-                        yield Sm90Config(min(rows, M + -M % 8), warpgroups, 4 if rows > 128 else 8, ahead)
-                    except ValueError:
-                        continue
+    few = M + -M % 8
+    found = []
+    for warpgroups, tiles, cluster in itertools.product((1, 2, 3), (1, 2), (1, 2)):
+        for rows in [few] if few <= 128 else range(64, 257, 8):
+            left = SHARED_MEMORY - SLACK - 2 * warpgroups * min(rows, CHUNK) * 2 * TILE
+            stages = min(16, left // (128 * rows + warpgroups * tiles * step_bytes(call)))
+            if stages >= 3:
+                with contextlib.suppress(ValueError):
+                    found.append(Sm90Config(rows, warpgroups, stages, tiles, cluster))
+    yield from sorted(found, key=lambda config: nanoseconds(config, call, device))[:12]
+
+
+def step_bytes(call: Call) -> int:
+    """Of the weights of 64 outputs, for 128 bytes of a row of x."""
+    if not call.option("sparse"):
+        return TILE * 128
+    return TILE * (64 + (16 if call.arguments[1].dtype == "int8" else 8))
+
+
+def nanoseconds(config: Sm90Config, call: Call, device: Device) -> float:
+    """About what a call takes: of products, of what the L2 gives, or of what the memory does."""
+    M, N, K = (call.sizes[name] for name in "MNK")
+    kind, num_sms = jnp.dtype(call.arguments[1].dtype), device.num_cores or 132
+    rows, weights = config.rows_of(M, kind), config.outputs // config.cluster // TILE * step_bytes(call)
+    tiles, at_a_time = -(-N // config.outputs) * -(-M // rows), num_sms // config.cluster
+    working = min(tiles, at_a_time) * config.cluster
+    products = PRODUCT * (1 if call.option("sparse") else 2) * rows * config.outputs / config.cluster
+    from_l2 = working * (128 * rows / config.cluster + weights) / L2
+    # Weights come from the memory once, for all rows.
+    from_memory = working * weights / -(-M // rows) / MEMORY
+    step = max(products, from_l2, from_memory)
+    return -(-tiles // at_a_time) * (TILE_TIME + step * K * kind.itemsize / 128)

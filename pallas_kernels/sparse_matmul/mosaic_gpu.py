@@ -12,6 +12,7 @@ from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.sparse_matmul import sm90
 from pallas_kernels.sparse_matmul.config import TILE, Sm90Config
+from pallas_kernels.sparse_matmul.operands import Dense, Sparse
 from pallas_kernels.sparse_matmul.reference import Scales, quantized
 from pallas_kernels.sparse_matmul.weights import Sparse24Weight
 
@@ -19,26 +20,19 @@ from pallas_kernels.sparse_matmul.weights import Sparse24Weight
 def supports(call: Call, device: Device) -> Refusal | None:
     if device.platform != "gpu" or device.arch != "sm90":
         return Refusal(f"it is for sparse tensor cores of Hopper, and this is {device}")
-    s, weight, out = call.sizes, call.arguments[1].dtype, call.option("out_dtype")
-    if not call.option("sparse"):
-        return Refusal("the weight is dense")
+    weight, out = call.arguments[1].dtype, call.option("out_dtype")
     if call.option("bits") == 4:
         return Refusal("Hopper has no products of 4 bits; dequantize the weight and keep 2 of 4 in int8")
     if weight == "float32" or out == "float32":
         return Refusal(f"it takes and gives 16-bit floats, and here are weights in {weight} and outputs in {out}")
     if call.option("activation") == "swiglu":
         return Refusal("it has no swiglu yet; multiply with gate and up apart")
-    multiple = 16 if weight == "int8" else 8
-    if s["K"] % multiple or s["N"] % 8:
-        return Refusal(
-            f"K={s['K']}, N={s['N']}; rows of x and of the output must be whole 16 bytes: K % {multiple}, N % 8"
-        )
     return None
 
 
 def forward(
     x: jax.Array,
-    weight: Sparse24Weight,
+    weight: Sparse24Weight | jax.Array,
     bias: jax.Array | None,
     scales: Scales | None,
     *,
@@ -56,6 +50,7 @@ def forward(
         per_output["bias"] = bias
     per_output = {name: jnp.pad(array, (0, -N % TILE))[None] for name, array in per_output.items()}
     num_sms = device_lib.current().num_cores or 132
+    operand = Sparse(weight) if isinstance(weight, Sparse24Weight) else Dense(weight)
     return sm90.outputs(
-        x, weight, per_output, activation=activation, out_dtype=out_dtype, config=config, num_sms=num_sms
+        x, operand, per_output, N, activation=activation, out_dtype=out_dtype, config=config, num_sms=num_sms
     )

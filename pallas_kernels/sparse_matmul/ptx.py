@@ -30,10 +30,10 @@ from pallas_kernels.core.inline import Ref, Value, array, constant, i32, inline,
 
 SUMS: Any = plgpu.Layout._WGMMA_ACC_32BIT
 VALUES = tiled(((128, 8), (32, 8), (1, 8)), (-6,), (-4,))
+TILE = 64  # outputs of a product
 PRODUCTS = 2  # of a step
 _ROW = 128  # bytes of x in a step, those of a swizzled row
-_STEP_BYTES = PRODUCTS * 128 * 16  # of a step's values
-_KINDS = {"bfloat16": ("k32.f32.bf16.bf16", "f"), "float16": ("k32.f32.f16.f16", "f"), "int8": ("k64.s32.s8.s8", "r")}
+_SHAPES = {"bfloat16": "k32.f32.bf16.bf16", "float16": "k32.f32.f16.f16", "int8": "k64.s32.s8.s8"}
 _NUMBER, _REF = plgpu.Layout.WG_SPLAT, plgpu.RefType()
 
 
@@ -50,14 +50,19 @@ def sum_type(dtype: Any) -> Any:
     return jnp.int32 if jnp.dtype(dtype) == jnp.int8 else jnp.float32
 
 
+def elements(dtype: Any) -> int:
+    """Of a row of x in a step."""
+    return _ROW // jnp.dtype(dtype).itemsize
+
+
 def slots(stages: int, rows: int, dtype: Any) -> Any:
-    """Memory for rows of x of so many steps."""
-    return plgpu.SMEM((stages, rows, _ROW // jnp.dtype(dtype).itemsize), dtype, transforms=_swizzled(dtype))
+    """Memory for rows of x, or of a dense weight, of so many steps."""
+    return plgpu.SMEM((stages, rows, elements(dtype)), dtype, transforms=_swizzled(dtype))
 
 
 def _swizzled(dtype: Any) -> tuple:
     tiling, swizzling = plgpu.TilingTransform, plgpu.SwizzleTransform
-    return tiling((8, _ROW // jnp.dtype(dtype).itemsize)), swizzling(_ROW)  # type: ignore[operator]
+    return tiling((8, elements(dtype))), swizzling(_ROW)  # type: ignore[operator]
 
 
 def zeros(rows: int, dtype: Any) -> jax.Array:
@@ -72,24 +77,19 @@ def zeros(rows: int, dtype: Any) -> jax.Array:
     return inline(sparse_zeros, (), result(SUMS, (64, rows), kind))
 
 
-def take(values: Ref, metadata: Ref, block: Any, step: Any) -> tuple[jax.Array, jax.Array]:
-    """What is kept of a step of 64 outputs, from global memory: values [blocks, products, 128, 16 bytes] and metadata
-    [blocks, words, 128]. Nothing waits for it but what uses it."""
+def take(values: Ref, metadata: Ref, zero: Any) -> tuple[jax.Array, jax.Array]:
+    """What is kept of a step of 64 outputs, from shared memory: values [32, 128 bytes] and metadata [words, 128]; each
+    thread reads adjacent 16 bytes for each product. `zero` is of `wait`."""
     words = meta_words(values.dtype)
 
-    def sparse_take(_, values, metadata, block, step):
-        i64 = ir.IntegerType.get_signless(64)
+    def sparse_take(_, values, metadata, zero):
         thread = arith.remui(mgpu.utils.thread_idx(), constant(128))
-        steps = ir.MemRefType(metadata.type).shape[1] // words
-        at = arith.addi(arith.muli(block.registers[()], constant(steps)), step.registers[()])
 
-        def address(ref: Ref, of_step: int, of_thread: int) -> Value:
-            of_threads = arith.extui(i64, arith.muli(thread, constant(of_thread)))
-            of_steps = arith.muli(arith.extui(i64, at), mgpu.c(of_step, i64))
-            base = llvm.ptrtoint(i64, mgpu.utils.memref_ptr(ref))
-            return arith.addi(base, arith.addi(of_steps, of_threads))
+        def address(ref: Ref, of_thread: int) -> Value:
+            base = llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(ref))
+            return arith.addi(arith.addi(base, zero.registers[()]), arith.muli(thread, constant(of_thread)))
 
-        at_values, at_metadata = address(values, _STEP_BYTES, 16), address(metadata, 512 * words, 4)
+        at_values, at_metadata = address(values, 16), address(metadata, 4)
         kept = [word for i in range(PRODUCTS) for word in _look_up(at_values, 4, 2048 * i)]
         places = [word for i in range(words) for word in _look_up(at_metadata, 1, 512 * i)]
         return [
@@ -98,14 +98,26 @@ def take(values: Ref, metadata: Ref, block: Any, step: Any) -> tuple[jax.Array, 
         ]
 
     kinds = [result(VALUES, (128, 8), jnp.uint32), result(_meta_layout(words), (128, words), jnp.uint32)]
-    return tuple(inline(sparse_take, (_REF, _REF, _NUMBER, _NUMBER), kinds, values, metadata, block, step))
+    return tuple(inline(sparse_take, (_REF, _REF, _NUMBER), kinds, values, metadata, zero))
+
+
+def nothing(dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """In place of what is kept before the first step."""
+    words = meta_words(dtype)
+
+    def sparse_nothing(_):
+        kept = array(VALUES, (128, 8), jnp.uint32, [[constant(0)] * 8])
+        return [kept, array(_meta_layout(words), (128, words), jnp.uint32, [[constant(0)] * words])]
+
+    kinds = [result(VALUES, (128, 8), jnp.uint32), result(_meta_layout(words), (128, words), jnp.uint32)]
+    return tuple(inline(sparse_nothing, (), kinds))
 
 
 def multiply(sums: jax.Array, kept: tuple[jax.Array, jax.Array], x: Ref) -> jax.Array:
     """Starts the products of a step: sums [64, R] + w [64, ..] x^T, x [R, 128 bytes] in shared memory. What comes back
     is there behind `wait`."""
-    rows, dtype, columns = sums.shape[1], x.dtype, _ROW // x.dtype.itemsize
-    instruction, register = _KINDS[dtype.name]
+    rows, dtype, columns = sums.shape[1], x.dtype, elements(x.dtype)
+    shape = _SHAPES[dtype.name]
     words = meta_words(dtype)
 
     def sparse_multiply(_, sums, values, meta, x):
@@ -121,8 +133,8 @@ def multiply(sums: jax.Array, kept: tuple[jax.Array, jax.Array], x: Ref) -> jax.
             # Two products of 16-bit types share a word of metadata: its lanes 0, 1 of a quad, then 2, 3.
             selector, places = (i, meta[0]) if words == 1 else (0, meta[i])
             at = arith.addi(descriptor, mgpu.c(i * 64 // 16, ir.IntegerType.get_signless(64)))
-            operands = (values[4 * i : 4 * i + 4], at, places)
-            parts = _start(f"m64n{rows}{instruction}", register, parts, operands, selector)
+            operands = [*values[4 * i : 4 * i + 4], at, places]
+            parts = _start("wgmma.mma_async.sp", f"m64n{rows}{shape}", parts, operands, "rrrrlr", f"{selector}, ")
         nvvm.wgmma_commit_group_sync_aligned()
         return _as_sums(sums, parts)
 
@@ -130,19 +142,56 @@ def multiply(sums: jax.Array, kept: tuple[jax.Array, jax.Array], x: Ref) -> jax.
     return inline(sparse_multiply, types, result(SUMS, sums.shape, sums.dtype), sums, *kept, x)
 
 
-def wait(sums: jax.Array, kept: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The sums, when all products are done. What these read stays where it is until then: the compiler does not know
-    that a product reads its metadata while it goes on, and would load the next into the same register."""
+def multiply_dense(sums: jax.Array, w: Ref, x: Ref) -> jax.Array:
+    """As `multiply`, of integers: sums [64, R] + w x^T, w [64, 128] and x [R, 128] in shared memory."""
+    rows = sums.shape[1]
 
-    def sparse_wait(_, sums, values, meta):
-        nvvm.wgmma_wait_group_sync_aligned(0)
-        read = [word for one in (values, meta) for part in one.registers.flat for word in words_of(part)]
-        nothing = ir.Type.parse("!llvm.void")
-        llvm.inline_asm(nothing, read, "// read until here", ",".join("r" * len(read)), has_side_effects=True)
+    def dense_multiply(_, sums, w, x):
+        sums = fragments.optimization_barrier(sums)
+        (of_w, of_x) = (
+            mma_utils.create_descriptor(ref, swizzle=_ROW, group_size=(size, _ROW), logical_k_major=False)[0][0]
+            for ref, size in ((w, TILE), (x, rows))
+        )
+        nvvm.wgmma_fence_aligned()
+        parts = [vector.extract(part, [], [0]) for part in sums.registers.flat]
+        for i in range(_ROW // 32):
+            at = [arith.addi(one, mgpu.c(i * 32 // 16, ir.IntegerType.get_signless(64))) for one in (of_w, of_x)]
+            parts = _start("wgmma.mma_async", f"m64n{rows}k32.s32.s8.s8", parts, at, "ll", "")
+        nvvm.wgmma_commit_group_sync_aligned()
+        return _as_sums(sums, parts)
+
+    swizzled = plgpu.RefType(_swizzled(jnp.int8))
+    return inline(dense_multiply, (SUMS, swizzled, swizzled), result(SUMS, sums.shape, sums.dtype), sums, w, x)
+
+
+def wait(metadata: Sequence[jax.Array], started: int) -> jax.Array:
+    """Until all products are done but those of so many calls of `multiply`; `metadata` is what the last of them read.
+
+    Returns 0, for addresses of what is taken next. The compiler does not know that a product reads its metadata while it
+    goes on, and would load the next into the same register; it has to keep what tells it this number.
+    """
+
+    def sparse_wait(_, *metas):
+        nvvm.wgmma_wait_group_sync_aligned(started)
+        found = constant(0)
+        for meta in metas:
+            for word in words_of(meta.registers.flat[0]):
+                # No word of metadata is 2^32 - 1.
+                code = "{ .reg .pred p; setp.eq.u32 p, $1, 0xffffffff; selp.b32 $0, 1, $2, p; }"
+                found = llvm.inline_asm(i32(), [word, found], code, "=r,r,r", has_side_effects=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    number = plgpu.ShapeDtypeStruct((), jnp.int32, layout=_NUMBER)
+    return inline(sparse_wait, tuple(_meta_layout(one.shape[1]) for one in metadata), number, *metadata)
+
+
+def ended(sums: jax.Array) -> jax.Array:
+    """Sums that were waited for: nothing that reads them moves to before here."""
+
+    def sparse_ended(_, sums):
         return fragments.optimization_barrier(sums)
 
-    types = (SUMS, VALUES, _meta_layout(kept[1].shape[1]))
-    return inline(sparse_wait, types, result(SUMS, sums.shape, sums.dtype), sums, *kept)
+    return inline(sparse_ended, (SUMS,), result(SUMS, sums.shape, sums.dtype), sums)
 
 
 def as_float32(sums: jax.Array) -> jax.Array:
@@ -156,30 +205,33 @@ def as_float32(sums: jax.Array) -> jax.Array:
 
 
 def _look_up(address: Value, words: int, offset: int) -> list[Value]:
-    """Adjacent words of global memory that no other thread of the multiprocessor reads."""
+    """Adjacent words of shared memory."""
     names = ", ".join(f"${i}" for i in range(words))
     names, kind = (f"{{{names}}}", f"v{words}.u32") if words > 1 else (names, "u32")
-    code = f"ld.global.nc.L1::no_allocate.{kind} {names}, [${words} + {offset}];"
+    code = f"ld.shared.{kind} {names}, [${words} + {offset}];"
     type_ = llvm.StructType.get_literal([i32()] * words) if words > 1 else i32()
-    found = llvm.inline_asm(type_, [address], code, ",".join(["=r"] * words + ["l"]), has_side_effects=True)
+    found = llvm.inline_asm(type_, [address], code, ",".join(["=r"] * words + ["r"]), has_side_effects=True)
     return [llvm.extractvalue(i32(), found, [i]) for i in range(words)] if words > 1 else [found]
 
 
 def _start(
-    shape: str, register: str, sums: Sequence[Value], operands: tuple[Sequence[Value], Value, Value], selector: int
+    instruction: str, shape: str, sums: Sequence[Value], operands: Sequence[Value], kinds: str, options: str
 ) -> list[Value]:
-    """One product: sums, in the same registers afterwards."""
-    n, (values, x, places) = len(sums), operands
-    of_sums, of_values = (", ".join(f"${i}" for i in span) for span in (range(n), range(2 * n, 2 * n + 4)))
-    # Products of 16-bit types have signs of both operands, and may take x turned.
-    signs = ", 1, 1, 0" if register == "f" else ""
+    """One product: sums, in the same registers afterwards. `kinds` of operands: r, l; runs of r up to four are vectors."""
+    n = len(sums)
+    names = [f"${i}" for i in range(2 * n, 2 * n + len(operands))]
+    if kinds.startswith("rrrr"):
+        names = [f"{{{', '.join(names[:4])}}}", *names[4:]]
+    of_sums, register = ", ".join(f"${i}" for i in range(n)), "r" if sums[0].type == i32() else "f"
     code = (
-        f"{{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sp.sync.aligned.{shape} "
-        f"{{{of_sums}}}, {{{of_values}}}, ${2 * n + 4}, ${2 * n + 5}, {selector}, p{signs}; }}"
+        f"{{ .reg .pred p; setp.ne.b32 p, 1, 0; {instruction}.sync.aligned.{shape} {{{of_sums}}}, {', '.join(names)}, "
+        f"{options}p"
     )
-    constraints = ",".join([f"={register}"] * n + [str(i) for i in range(n)] + ["r"] * 4 + ["l", "r"])
+    # Products of 16-bit types have signs of both operands, and may take x turned.
+    code += "; }" if register == "r" else ", 1, 1, 0; }"
+    constraints = ",".join([f"={register}"] * n + [str(i) for i in range(n)] + list(kinds))
     type_ = llvm.StructType.get_literal([sums[0].type] * n)
-    made = llvm.inline_asm(type_, [*sums, *values, x, places], code, constraints, has_side_effects=True)
+    made = llvm.inline_asm(type_, [*sums, *operands], code, constraints, has_side_effects=True)
     return [llvm.extractvalue(sums[0].type, made, [i]) for i in range(n)]
 
 

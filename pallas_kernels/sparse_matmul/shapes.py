@@ -14,9 +14,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 
 from pallas_kernels.flat_gemm.shapes import MODELS
 from pallas_kernels.sparse_matmul.prune import prune_2_4, prune_4_8_pairs
+from pallas_kernels.sparse_matmul.reference import quantized
 from pallas_kernels.sparse_matmul.weights import Sparse24Weight
 
 
@@ -27,6 +29,7 @@ class Shape:
     Attributes:
       kind: of the weight: that of x, or of 8 or 4 bits.
       sparse: False for a dense weight, which has to be of 8 bits.
+      rounded: whether x is int8 already.
       leading: axes before M.
     """
 
@@ -37,6 +40,7 @@ class Shape:
     activation: str | None = None
     bias: bool = False
     sparse: bool = True
+    rounded: bool = False
     leading: tuple[int, ...] = ()
     mask_name: str = ""
 
@@ -53,16 +57,26 @@ class Shape:
         scale = np.abs(w).max(axis=0) / largest
         integers = jnp.asarray(np.round(w / scale), jnp.int8)
         scales = jnp.asarray(4 / 127, jnp.float32), jnp.asarray(scale, jnp.float32)
-        return arguments | {"weight": self._weight(integers), "activation": self.activation, "scales": scales}
+        weight = self._weight(integers)
+        if isinstance(weight, jax.Array):  # read along K: in this order in memory nothing is turned
+            weight = jax.device_put(weight, Format(Layout((1, 0)), weight.sharding))
+        arguments |= {"weight": weight, "activation": self.activation, "scales": scales}
+        if self.rounded:
+            arguments |= {"x": quantized(arguments["x"], scales[0]), "out_dtype": jnp.dtype(dtype).name}
+        return arguments
 
     def abstract(self, dtype) -> dict[str, Any]:
         """The same call with shapes in place of arrays: for `explain` and ahead-of-time compiling."""
-        return jax.eval_shape(lambda: self._arrays(dtype)) | {"activation": self.activation}
+        options = {"activation": self.activation} | ({"out_dtype": jnp.dtype(dtype).name} if self.rounded else {})
+        return jax.eval_shape(lambda: self._arrays(dtype)) | options
 
     def _arrays(self, dtype) -> dict[str, Any]:
         floating = self.kind == "floating"
         w = jnp.zeros((self.K, self.N), dtype if floating else jnp.int8)
-        arrays: dict[str, Any] = {"x": jnp.zeros((*self.leading, self.M, self.K), dtype), "weight": self._weight(w)}
+        arrays: dict[str, Any] = {
+            "x": jnp.zeros((*self.leading, self.M, self.K), jnp.int8 if self.rounded else dtype),
+            "weight": self._weight(w),
+        }
         arrays["bias"] = jnp.zeros(self.N, dtype) if self.bias else None
         return arrays if floating else arrays | {"scales": (jnp.float32(1), jnp.ones(self.N, jnp.float32))}
 
@@ -101,11 +115,11 @@ SHAPES: dict[str, Shape] = {
     "square_4096": Shape(4096, 4096, 4096),
     "square_8192": Shape(8192, 8192, 8192),
     **{
-        f"{name}_{layer}_m{M}": Shape(M, *_LAYERS[layer], "int8", sparse=name == "int8")
+        f"{name}_{layer}_m{M}": Shape(M, *_LAYERS[layer], "int8", sparse=name == "int8", rounded=True)
         for name in ("int8", "int8_dense")
         for layer in ("llama2_7b_gate_up", "llama2_70b_down")
         for M in (64, 4096, 8192)
     },
-    "int8_square_8192": Shape(8192, 8192, 8192, "int8"),
-    "int8_dense_square_8192": Shape(8192, 8192, 8192, "int8", sparse=False),
+    "int8_square_8192": Shape(8192, 8192, 8192, "int8", rounded=True),
+    "int8_dense_square_8192": Shape(8192, 8192, 8192, "int8", sparse=False, rounded=True),
 }

@@ -7,8 +7,10 @@ group's four inputs each is, [K / 2, N]. Hardware order is by 64 outputs, and by
 
     values [N' / 64, steps, 128, 16 bytes]   a step is 32 bytes of kept values of each output; a thread has of each of
                                              its two outputs bytes 4 c ... 4 c + 3 and 16 + 4 c ... 16 + 4 c + 3
-    metadata [N' / 64, K' / 64, 128]         a word has 16 bits of each of the two outputs, the lower first: for inputs
-                                             16 c ... 16 c + 15 of 64, four groups of 2 + 2 bits, two places of 0 to 3
+    metadata [N' / 64, K' / 64, 128]         2 + 2 bits for each group, two places of 0 to 3. 16-bit types: a word has 16
+                                             bits of each of the thread's two outputs, for inputs 16 c ... 16 c + 15 of
+                                             64. int8: the 32 bits of one, 16 w + g + 8 (c % 2), for inputs
+                                             32 (c / 2) ... + 31
 
 so that a thread reads 16 adjacent bytes for each product, and nothing is moved on the way to it. Values take 1/2 and
 metadata 1/16 (16-bit types) or 1/8 (int8) of the dense bytes. Weights of 4 bits keep two of four pairs of adjacent
@@ -110,7 +112,7 @@ class Sparse24Weight:
     def to_plain(self) -> tuple[jax.Array, jax.Array]:
         """Values [K / 2, N] and places, uint8 [K / 2, N]; for bits=4 of bytes, [K / 4, N]."""
         kept, N = self._inputs // 2, self.shape[1]
-        values, places = _from_hardware(self.values), _from_metadata(self.metadata)
+        values, places = _from_hardware(self.values), _from_metadata(self.metadata, self.values.dtype)
         return values[:N, :kept].T, places[:N, :kept].T.astype(jnp.uint8)
 
     def dequantize(self) -> jax.Array:
@@ -179,7 +181,7 @@ class Sparse24Weight:
         odd = jnp.arange(kept) % 2
         real = (jnp.arange(len(values)) < shape[1])[:, None] & (jnp.arange(kept) < places.shape[0])
         places = jnp.where(real, jnp.pad(places.T, more), odd)
-        return cls(_to_hardware(values), _to_metadata(places), shape, bits)
+        return cls(_to_hardware(values), _to_metadata(places, values.dtype), shape, bits)
 
     @property
     def _inputs(self) -> int:
@@ -214,22 +216,30 @@ def _from_hardware(values: jax.Array) -> jax.Array:
     return parts.reshape(ROWS * blocks, -1)
 
 
-def _to_metadata(places: jax.Array) -> jax.Array:
-    """uint32 [N' / 64, K' / 64, 128] of [N', K' / 2]."""
+def _to_metadata(places: jax.Array, dtype: Any) -> jax.Array:
+    """uint32 [N' / 64, K' / 64, 128] of [N', K' / 2], for values of a type."""
     pairs = places.astype(jnp.uint32).reshape(len(places), -1, 2)
     nibbles = (pairs[..., 0] | pairs[..., 1] << 2).reshape(len(places), -1, 4)
     halves = jnp.sum(nibbles << jnp.arange(0, 16, 4, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
-    # [block, warp, row or row + 8, g, word, c]
+    # [block, warp, row or row + 8, g, word, c] of 16 bits; for int8 c is 2 * (which half of the inputs) + lower, upper
     parts = halves.reshape(-1, 4, 2, 8, halves.shape[1] // 4, 4)
-    words = parts[:, :, 0] | parts[:, :, 1] << 16
-    return words.transpose(0, 3, 1, 2, 4).reshape(words.shape[0], words.shape[3], 128)
+    if jnp.dtype(dtype) == jnp.int8:
+        words = parts[..., ::2] | parts[..., 1::2] << 16  # [block, warp, row or row + 8, g, word, half]
+        words = words.transpose(0, 4, 1, 3, 5, 2)
+    else:
+        words = (parts[:, :, 0] | parts[:, :, 1] << 16).transpose(0, 3, 1, 2, 4)
+    return words.reshape(words.shape[0], words.shape[1], 128)
 
 
-def _from_metadata(metadata: jax.Array) -> jax.Array:
+def _from_metadata(metadata: jax.Array, dtype: Any) -> jax.Array:
     """[N', K' / 2]."""
     blocks, words, _ = metadata.shape
-    parts = metadata.reshape(blocks, words, 4, 8, 4).transpose(0, 2, 3, 1, 4)
-    halves = jnp.stack([parts & 0xFFFF, parts >> 16], axis=2)  # [block, warp, row or row + 8, g, word, c]
+    if jnp.dtype(dtype) == jnp.int8:
+        parts = metadata.reshape(blocks, words, 4, 8, 2, 2).transpose(0, 2, 5, 3, 1, 4)
+        halves = jnp.stack([parts & 0xFFFF, parts >> 16], axis=-1).reshape(blocks, 4, 2, 8, words, 4)
+    else:
+        parts = metadata.reshape(blocks, words, 4, 8, 4).transpose(0, 2, 3, 1, 4)
+        halves = jnp.stack([parts & 0xFFFF, parts >> 16], axis=2)  # [block, warp, row or row + 8, g, word, c]
     places = halves[..., None] >> jnp.arange(0, 16, 2, dtype=jnp.uint32) & 3
     return places.reshape(ROWS * blocks, -1)
 

@@ -19,9 +19,14 @@ def kept_values(words: np.ndarray, dtype) -> np.ndarray:
     return out.view(dtype)
 
 
-def places(words: np.ndarray) -> np.ndarray:
-    """Which two of four are kept: [64, 16 groups, 2] of metadata [128] for 64 inputs."""
+def places(words: np.ndarray, dtype) -> np.ndarray:
+    """Which two of four are kept: [64, 16 groups, 2] of metadata [128] for 64 inputs of a type."""
     out = np.zeros((64, 16, 2), int)
+    if dtype == np.int8:
+        for nibble in range(8):
+            four = words >> np.uint32(4 * nibble)
+            out[ROW + 8 * (QUAD % 2), 8 * (QUAD // 2) + nibble] = np.stack([four & 3, four >> 2 & 3], -1)
+        return out
     for nibble in range(4):
         for half in range(2):
             four = words >> np.uint32(16 * half + 4 * nibble)
@@ -41,18 +46,21 @@ def products(sums: np.ndarray, values: np.ndarray, meta: np.ndarray, x: np.ndarr
     """sums [64, R] and the two products of a step: values [128, 8], meta [128, words], x [R, 128 bytes]."""
     total = np.array(sums)
     for i in range(2):
-        at = places(meta[:, i]) if meta.shape[1] == 2 else places(meta[:, 0])[:, 8 * i : 8 * i + 8]
+        at = places(meta[:, i], x.dtype) if meta.shape[1] == 2 else places(meta[:, 0], x.dtype)[:, 8 * i : 8 * i + 8]
         dense = expanded(kept_values(values[:, 4 * i : 4 * i + 4], x.dtype), at).astype(sums.dtype)
         columns = x[:, i * dense.shape[1] :][:, : dense.shape[1]].astype(sums.dtype)
         total += dense @ columns.T
     return total
 
 
-def take(values: np.ndarray, metadata: np.ndarray, block: np.ndarray, step: np.ndarray) -> list[np.ndarray]:
-    words = 2 if values.dtype == np.int8 else 1
-    of_step = values[block, 2 * step : 2 * step + 2]
-    held = np.ascontiguousarray(of_step.swapaxes(0, 1)).reshape(128, -1).view(np.uint32)
-    return [held, np.ascontiguousarray(metadata[block, words * step : words * step + words].T)]
+def take(values: np.ndarray, metadata: np.ndarray) -> list[np.ndarray]:
+    """Registers of a step: [128, 8] and [128, words] of values [32, 128 bytes] and metadata [words, 128]."""
+    held = np.ascontiguousarray(values).view(np.uint32).reshape(2, 128, 4)
+    return [held.swapaxes(0, 1).reshape(128, 8), np.ascontiguousarray(metadata.T)]
+
+
+def dense_products(sums: np.ndarray, w: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return sums + w.astype(sums.dtype) @ x.T.astype(sums.dtype)
 
 
 def _stand_in(function):
@@ -70,8 +78,11 @@ def _stand_in(function):
 
 STAND_INS = {
     "sparse_zeros": _stand_in(lambda results: [np.zeros(results[0].shape, results[0].dtype)]),
-    "sparse_take": _stand_in(lambda results, *arrays: take(*arrays)),
+    "sparse_nothing": _stand_in(lambda results: [np.zeros(kind.shape, kind.dtype) for kind in results]),
+    "sparse_take": _stand_in(lambda results, values, metadata, zero: take(values, metadata)),
     "sparse_multiply": _stand_in(lambda results, *arrays: [products(*arrays)]),
-    "sparse_wait": _stand_in(lambda results, sums, *kept: [sums]),
+    "dense_multiply": _stand_in(lambda results, *arrays: [dense_products(*arrays)]),
+    "sparse_wait": _stand_in(lambda results, *kept: [np.int32(0)]),
+    "sparse_ended": _stand_in(lambda results, sums: [sums]),
     "sparse_as_float32": _stand_in(lambda results, sums: [sums.astype(np.float32)]),
 }

@@ -54,7 +54,13 @@ def test_memory_is_in_the_order_of_fragments(dtype):
     sums, unit = np.zeros((64, inputs), np.int32 if dtype == "int8" else np.float32), np.eye(inputs, dtype=values.dtype)
     for block in range(2):
         steps = range(values.shape[1] // 2)
-        taken = [instructions.take(values, metadata, np.asarray(block), np.asarray(step)) for step in steps]
+        words = metadata.shape[1] // len(steps)
+        taken = [
+            instructions.take(
+                values[block, 2 * step : 2 * step + 2], metadata[block, words * step : words * step + words]
+            )
+            for step in steps
+        ]
         dense = np.concatenate([instructions.products(sums, *kept, unit) for kept in taken], axis=1)
         padded = np.zeros((64, dense.shape[1]), dense.dtype)
         own = np.asarray(w).T[64 * block : 64 * block + 64].astype(dense.dtype)
