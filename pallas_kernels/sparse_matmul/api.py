@@ -21,8 +21,6 @@ from pallas_kernels.sparse_matmul.weights import Sparse24Weight
 
 OP = "sparse_matmul"
 _FLOATING = ("float32", "bfloat16", "float16")
-# The kernel for GPUs has not met one yet: it runs where it is named.
-_AUTOMATIC = ("xla",)
 
 
 def sparse_matmul(
@@ -82,7 +80,7 @@ def sparse_matmul(
     Transformer with GPU-Friendly Sparsity and Quantization", 2023, for its use with integers.
     """
     call = describe(x, weight, bias=bias, activation=activation, scales=scales, out_dtype=out_dtype)
-    choice = dispatch.choose(call, implementation, automatic=_AUTOMATIC, why="measured on no GPU yet")
+    choice = dispatch.choose(call, implementation)
     kernel_config = _config(choice, config)
     inputs = _Inputs(x.reshape(-1, x.shape[-1]), weight, bias, scales)
     dtype = jnp.dtype(out_dtype or x.dtype)

@@ -20,9 +20,9 @@ REGISTERS = {1: 240, 2: 240, 3: 160}
 OTHERS = 22  # registers that are neither sums nor weights
 SHARED_MEMORY = 227 * 1024
 SLACK = 512  # of it: barriers
-# Measured on an H100, whose power limits its clock: sparse products of 128 bytes of a row, in nanoseconds for each
-# output of a multiprocessor; bytes that come from the L2 and from the memory in a nanosecond; a tile's first steps.
-PRODUCT, L2, MEMORY, TILE_TIME = 0.0142, 9500, 2900, 1500
+# Measured on an H100, whose power limits its clock. In nanoseconds: a tile's first steps and its end, a step, and its
+# products for each of a block's outputs (of dense weights 1.6 times that); in bytes a nanosecond: from L2, from memory.
+TILE_TIME, STEP, PRODUCT, DENSE, L2, MEMORY = 1500, 100, 0.0119, 1.6, 9500, 2900
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Sm90Config:
         for name, allowed in rules.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"Sm90Config.{name} must be one of {tuple(allowed)}, got {value!r}.")
-        if self.tiles * (self.rows // 2 + 2 * 10) + OTHERS > self.registers:
+        # The compiler looks at a whole block's registers when it takes an instruction: 168 or 128 of a thread.
+        if self.tiles * (self.rows // 2 + 2 * 10) + OTHERS > self.registers or self.warpgroups * self.rows > 3 * 192:
             raise ValueError(f"Sm90Config: sums and weights do not fit {self.registers} registers: {self}.")
 
     @property
@@ -65,13 +66,6 @@ class Sm90Config:
     def outputs(self) -> int:
         """Of a tile of a cluster."""
         return self.cluster * self.warpgroups * self.tiles * TILE
-
-    def rows_of(self, M: int, dtype: Any) -> int:
-        """Of a tile."""
-        rows = min(self.rows, M + -M % 8)
-        # Products of integers have no other widths; halves of a cluster are whole tiles of 8 rows.
-        multiple = 16 if self.cluster > 1 or (jnp.dtype(dtype) == jnp.int8 and rows > 32) else 8
-        return rows + -rows % multiple
 
     def rows_at_a_time(self, rows: int, dtype: Any, clusters: int) -> int:
         """How many tiles of rows `clusters` tiles should cover: as many bytes of x as of weights."""
@@ -91,17 +85,29 @@ def heuristic(call: Call, device: Device, implementation: str) -> Sm90Config:
 
 def search_space(call: Call, device: Device, implementation: str) -> Iterator[Sm90Config]:
     """Configurations worth measuring: the twelve that should take the least time."""
-    M = call.sizes["M"]
-    few = M + -M % 8
-    found = []
-    for warpgroups, tiles, cluster in itertools.product((1, 2, 3), (1, 2), (1, 2)):
-        for rows in [few] if few <= 128 else range(64, 257, 8):
+    found: dict[Sm90Config, float] = {}
+    # Of those that should take the same time the ones that read less first; few rows are read fast enough.
+    several = ((2, 1), (2, 1)) if call.sizes["M"] > 128 else ((1,), (1,))
+    for cluster, tiles, warpgroups in itertools.product(*several, (1, 2, 3)):
+        for most in range(64, 257, 8):
+            rows = rows_of(most, cluster, call.sizes["M"], call.arguments[1].dtype)
             left = SHARED_MEMORY - SLACK - 2 * warpgroups * min(rows, CHUNK) * 2 * TILE
             stages = min(16, left // (128 * rows + warpgroups * tiles * step_bytes(call)))
-            if stages >= 3:
+            # Integers have twice the metadata, for which no registers are left beside two tiles of more rows.
+            fits = tiles == 1 or rows <= 160 or call.arguments[1].dtype != "int8"
+            if stages >= 3 and fits:
                 with contextlib.suppress(ValueError):
-                    found.append(Sm90Config(rows, warpgroups, stages, tiles, cluster))
-    yield from sorted(found, key=lambda config: nanoseconds(config, call, device))[:12]
+                    config = Sm90Config(rows, warpgroups, stages, tiles, cluster)
+                    found[config] = nanoseconds(config, call, device)
+    yield from sorted(found, key=lambda config: found[config])[:12]
+
+
+def rows_of(most: int, cluster: int, M: int, kind: Any) -> int:
+    """Of a tile of at most so many rows, and of no more than there are."""
+    rows = min(most, M + -M % 8)
+    # Products of integers have no other widths; halves of a cluster are whole tiles of 8 rows.
+    multiple = 16 if cluster > 1 or (jnp.dtype(kind) == jnp.int8 and rows > 32) else 8
+    return rows - rows % multiple if rows % multiple and rows == most else rows + -rows % multiple
 
 
 def step_bytes(call: Call) -> int:
@@ -115,10 +121,10 @@ def nanoseconds(config: Sm90Config, call: Call, device: Device) -> float:
     """About what a call takes: of products, of what the L2 gives, or of what the memory does."""
     M, N, K = (call.sizes[name] for name in "MNK")
     kind, num_sms = jnp.dtype(call.arguments[1].dtype), device.num_cores or 132
-    rows, weights = config.rows_of(M, kind), config.outputs // config.cluster // TILE * step_bytes(call)
+    rows, weights = rows_of(config.rows, config.cluster, M, kind), config.outputs // config.cluster // TILE * step_bytes(call)
     tiles, at_a_time = -(-N // config.outputs) * -(-M // rows), num_sms // config.cluster
     working = min(tiles, at_a_time) * config.cluster
-    products = PRODUCT * (1 if call.option("sparse") else 2) * rows * config.outputs / config.cluster
+    products = STEP + PRODUCT * (1 if call.option("sparse") else DENSE) * rows * config.outputs / config.cluster
     from_l2 = working * (128 * rows / config.cluster + weights) / L2
     # Weights come from the memory once, for all rows.
     from_memory = working * weights / -(-M // rows) / MEMORY

@@ -29,7 +29,7 @@ from pallas_kernels.core.activations import activate_parts
 from pallas_kernels.core.epilogue import with_outputs
 from pallas_kernels.core.mma import cost_option, tile_memory
 from pallas_kernels.sparse_matmul import ptx
-from pallas_kernels.sparse_matmul.config import CHUNK, TILE, Sm90Config
+from pallas_kernels.sparse_matmul.config import CHUNK, TILE, Sm90Config, rows_of
 from pallas_kernels.sparse_matmul.operands import Dense, Sparse
 
 Ref = Any
@@ -53,7 +53,7 @@ def outputs(
     # Copies leave out some of the first 8 rows, but not of others; inputs and outputs are whole tiles.
     there, padded = M if M < 8 else M + -M % 8, N + -N % TILE
     x = jnp.pad(x, ((0, there - M), (0, -K % inputs)))
-    rows = config.rows_of(M, x.dtype)
+    rows = rows_of(config.rows, config.cluster, M, x.dtype)
     across, down = -(-blocks * TILE // config.outputs), -(-M // rows)
     clusters = min(across * down, num_sms // config.cluster)
     # Tiles at work at a time share rows and weights in the L2: about as many bytes of the one as of the other.

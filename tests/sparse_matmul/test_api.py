@@ -9,7 +9,8 @@ import pytest
 
 from pallas_kernels import UnsupportedError, explain, sparse_matmul
 from pallas_kernels.core import device
-from pallas_kernels.sparse_matmul.config import Sm90Config
+from pallas_kernels.sparse_matmul.api import describe
+from pallas_kernels.sparse_matmul.config import Sm90Config, heuristic, rows_of, search_space
 from pallas_kernels.sparse_matmul.shapes import SHAPES, Shape
 
 FLOATING = SHAPES["bias_3"].make("float32", jax.random.key(0))
@@ -55,11 +56,22 @@ def test_a_weight_of_other_arrays_is_named():
         sparse_matmul(**FLOATING | {"weight": weight})
 
 
-def test_auto_leaves_an_unmeasured_kernel_alone():
+def test_auto_takes_the_kernel_on_hopper_and_xla_elsewhere():
     arguments = Shape(64, 128, 256).make("bfloat16", jax.random.key(0))
-    with device.assume(device.H100):
-        (choice,) = explain(sparse_matmul, **arguments)[:1]
-    assert choice.implementation == "xla"
+    for hardware, expected in ((device.H100, "mosaic_gpu"), (device.A100, "xla")):
+        with device.assume(hardware):
+            (choice,) = explain(sparse_matmul, **arguments)[:1]
+        assert choice.implementation == expected
+
+
+@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.large])
+def test_the_choice_of_tiles_fits(name):
+    """Every configuration worth measuring, of every shape that is measured."""
+    call = describe(**SHAPES[name].abstract("bfloat16"))
+    configs = list(search_space(call, device.H100, "mosaic_gpu"))
+    assert configs and heuristic(call, device.H100, "mosaic_gpu") == configs[0]
+    for config in configs:
+        assert rows_of(config.rows, config.cluster, call.sizes["M"], call.arguments[1].dtype) == config.rows
 
 
 @pytest.mark.parametrize(
@@ -82,6 +94,7 @@ def test_the_kernel_says_what_it_does_not_take(shape, dtype, message):
         ({"rows": 12}, "rows must be one of"),
         ({"cluster": 4}, "cluster must be"),
         ({"rows": 256, "tiles": 2}, "do not fit 240"),
+        ({"rows": 200, "warpgroups": 3}, "do not fit 160"),
     ],
 )
 def test_bad_configurations_are_named(fields, message):
