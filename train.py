@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains or fine-tunes a language model of the Llama family.
+"""Trains or fine-tunes a language model of the Llama family, or a vision transformer (--task=vit).
 
     python train.py --preset=tiny --data=kjv --steps=400 --batch_size=4 --seq_len=128 --out=runs/tiny
     python train.py --checkpoint=smollm2 --data=notes.jsonl --steps=200 --seq_len=1024 --out=runs/notes
+    python train.py --task=vit --stage=dense --out=runs/dense
+    python train.py --task=vit --stage=prune --start=runs/dense --out=runs/pruned
+    python train.py --task=vit --stage=quantize --start=runs/pruned --out=runs/int8
     python train.py --preset=llama_1b --data=random --remat=full --batch_size=8 --seq_len=4096 --out=runs/speed
 
 The first command takes one to two minutes on two CPU cores (about 5,000 tokens/s) and ends at an evaluation perplexity
@@ -27,6 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -38,8 +42,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from models.checkpoint import load_model, save_checkpoint
+from models import distill, vit_stages
+from models.checkpoint import check_free, load_model, save_checkpoint
 from models.data import PackedRows, batches, evaluation_batches, load_documents
+from models.images import CORPORA, load_images
 from models.llama import Llama, LlamaConfig
 from models.presets import preset
 from models.run_folder import RunFolder, SaveError
@@ -57,6 +63,7 @@ from models.training import (
     make_train_step,
     microbatches,
 )
+from models.vit import VIT_PRESETS
 from pallas_kernels.core import device
 from parallel.mesh import batch_sharding, gather_parameters, make_mesh, parameter_shardings
 
@@ -113,6 +120,7 @@ def define_flags() -> flags.FlagValues:
     boolean = functools.partial(flags.DEFINE_boolean, flag_values=values)
     choice = functools.partial(flags.DEFINE_enum, flag_values=values)
 
+    choice("task", "language", ("language", "vit"), "what to train; --task=vit --help shows the flags of vit")
     string("preset", None, "train this model from scratch, on bytes: tiny, small, llama_1b, ... (default tiny)")
     string("checkpoint", None, 'fine-tune this one: "smollm2", a Hugging Face folder or a .gguf file')
     string(
@@ -458,10 +466,88 @@ def terminated() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, previous)
 
 
+# --- Vision transformers -------------------------------------------------------------------------------------
+
+
+def define_vit_flags() -> flags.FlagValues:
+    values = flags.FlagValues()
+    string = functools.partial(flags.DEFINE_string, flag_values=values)
+    integer = functools.partial(flags.DEFINE_integer, flag_values=values)
+    floating = functools.partial(flags.DEFINE_float, flag_values=values)
+    choice = functools.partial(flags.DEFINE_enum, flag_values=values)
+    stage, weights = vit_stages.Stage(kind="dense", steps=0), distill.Weights()
+
+    choice("task", "vit", ("vit",), "a vision transformer, compressed in stages (GPUSQ-ViT)")
+    choice("stage", "dense", ("dense", "prune", "quantize"), "train; prune to two of four and distill; quantize, too")
+    string("start", None, "folder of the run that prune and quantize go on from")
+    choice("preset", "vit_tiny_28", tuple(VIT_PRESETS), "model of the dense stage")
+    choice("data", "mnist_5k", CORPORA, "images")
+    integer("test_per_class", 100, "images of each class that are for testing")
+    integer("labels_per_class", 0, "images of each class whose label is known in training; 0 for all")
+    string("out", None, "folder for the run; quantize also writes the integer model, OUT/export", required=True)
+    flags.DEFINE_boolean("overwrite", False, "replace the run that --out holds", flag_values=values)
+    integer("seeds", stage.seeds, "models that are trained at a time, of seeds --seed, --seed + 1, ...")
+    integer("seed", stage.seed, "of the first")
+    integer("steps", 400, "optimizer steps; 0 only prunes, or only calibrates")
+    integer("batch_size", stage.batch_size, "images in a step, of each seed")
+    floating("learning_rate", stage.learning_rate, "peak, of a cosine after a tenth of the steps")
+    floating("weight_decay", stage.weight_decay, "decay of matrices")
+    floating("hard", weights.hard, "weight of the labels; 0 looks at none: unsupervised")
+    floating("soft", weights.soft, "weight of the teacher's soft labels")
+    floating("feature", weights.feature, "weight of the features of the last half of the blocks")
+    floating("temperature", weights.temperature, "of soft labels")
+    choice("layers", stage.layers, ("proportional", "uniform", "inverse"), "weights of blocks in quantize")
+    choice("teacher", stage.teacher, ("start", "dense"), "of quantize: the run it starts from, or the dense model")
+    choice("pattern", stage.pattern, ("2:4", "4:8"), "of prune: 4:8 keeps pairs, for 4 bits")
+    integer("bits", stage.bits, "of quantize: 8 or 4")
+    choice("observer", stage.observer, ("percentile", "max", "mse"), "how ranges of activations are chosen")
+    floating("percentile", stage.percentile, "of the first of these")
+    choice("dtype", "float32", ("float32", "bfloat16"), "of computation")
+    flags.DEFINE_boolean("help", False, "show this", flag_values=values)
+    return values
+
+
+def train_vit(argv: Sequence[str]) -> int:
+    """A stage of models/vit_stages.py; the last line is a summary in JSON."""
+    values = define_vit_flags()
+    if any(argument in ("--help", "-help", "-h") for argument in argv[1:]):
+        print(f"{vit_stages.__doc__}{values.get_help()}")
+        return 0
+    try:
+        if rest := values(argv)[1:]:
+            raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
+        weights = distill.Weights(values.hard, values.soft, values.feature, values.temperature)
+        own = {field.name for field in dataclasses.fields(vit_stages.Stage)} - {"kind", "weights"}
+        stage = vit_stages.Stage(kind=values.stage, weights=weights, **{name: values[name].value for name in own})
+        check_free(Path(values.out), values.overwrite)
+        start = vit_stages.Run.load(values.start) if values.start else VIT_PRESETS[values.preset]
+        train, test = load_images(values.data).split(values.test_per_class, seed=0)
+        if values.labels_per_class:
+            train = train.with_labels(values.labels_per_class, seed=0)
+        size = (start.config if isinstance(start, vit_stages.Run) else start).image_size
+        train, test = train.resized(size), test.resized(size)
+        with tqdm(total=stage.steps, desc=stage.kind, unit="step", dynamic_ncols=True) as progress:
+            run = vit_stages.train(
+                stage, start, train, test, dtype=jnp.dtype(values.dtype), report=lambda step, parts: progress.update()
+            )
+        run.save(values.out, overwrite=values.overwrite, stage=dataclasses.asdict(stage), start=values.start)
+        summary: dict[str, Any] = {"accuracy": run.accuracy.tolist(), "seconds": run.seconds}
+        if stage.kind == "quantize":
+            nbytes = run.export(Path(values.out) / "export")
+            summary |= {"bytes": nbytes, "ratio": run.dense_nbytes / nbytes}
+            print(f"{nbytes:,} bytes in {values.out}/export, {summary['ratio']:.2f} times fewer than in float32")
+    except (ValueError, OSError, flags.Error) as error:
+        return fail(str(error), 2)
+    print(json.dumps(summary))
+    return 0
+
+
 # --- Command -------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str]) -> int:
+    if "--task=vit" in argv:
+        return train_vit(argv)
     try:
         settings = parse_flags(argv)
         if settings is None:

@@ -53,7 +53,6 @@ class Codes:
         return -self.highest if self.signed else 0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def fake_quantize(x: jax.Array, scale: jax.Array, codes: Codes) -> jax.Array:
     """x rounded to codes times a scale, in x's dtype; straight-through inside the clip range.
 
@@ -66,20 +65,33 @@ def fake_quantize(x: jax.Array, scale: jax.Array, codes: Codes) -> jax.Array:
       scale: float32, broadcast against x; positive where x is not 0. No gradient reaches it.
       codes: the integers.
     """
-    return (quantize(x, scale, codes).astype(jnp.float32) * scale).astype(x.dtype)
+    return (fake_codes(x, scale, codes) * jax.lax.stop_gradient(scale)).astype(x.dtype)
+
+
+def fake_codes(x: jax.Array, scale: jax.Array, codes: Codes) -> jax.Array:
+    """The codes alone, as float32: sums of their products are exact, below 2^24, and are those of an integer model.
+    The gradient is that of x / scale."""
+    rounded: Any = _fake_codes(x, scale, codes)
+    return rounded
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _fake_codes(x: jax.Array, scale: jax.Array, codes: Codes) -> jax.Array:
+    return quantize(x, scale, codes).astype(jnp.float32)
 
 
 def _forward(x: jax.Array, scale: jax.Array, codes: Codes) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     steps = x.astype(jnp.float32) / _nonzero(scale)
-    return fake_quantize(x, scale, codes), ((steps >= codes.lowest) & (steps <= codes.highest), scale)
+    inside = (steps >= codes.lowest) & (steps <= codes.highest)
+    return _fake_codes(x, scale, codes), (jnp.where(inside, 1 / _nonzero(scale), 0).astype(x.dtype), scale)
 
 
 def _backward(codes: Codes, kept: tuple[jax.Array, jax.Array], dout: jax.Array) -> tuple[jax.Array, jax.Array]:
-    inside, scale = kept
-    return jnp.where(inside, dout, 0), jnp.zeros_like(scale)
+    slope, scale = kept
+    return (dout * slope).astype(slope.dtype), jnp.zeros_like(scale)
 
 
-fake_quantize.defvjp(_forward, _backward)
+_fake_codes.defvjp(_forward, _backward)
 
 
 def quantize(x: jax.Array, scale: jax.Array, codes: Codes) -> jax.Array:

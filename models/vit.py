@@ -26,10 +26,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from models.arithmetic import FLOATING, Arithmetic, Observing, Pair
 from models.checkpoint import SafetensorsFolder, check_tensors
 from models.hf_config import CheckpointError
 from models.tokenizer import read_json
-from pallas_kernels import flash_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +124,17 @@ class ViTBlock(nnx.Module):
         self.num_heads = config.num_heads
         self.implementation = implementation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, arithmetic: Arithmetic = FLOATING.ends) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
-        x = x + self.out(self._attended(self.attention_norm(x)))
-        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False))
-
-    def _attended(self, h: jax.Array) -> jax.Array:
+        h = self.attention_norm(x)
         heads = (*h.shape[:2], self.num_heads, -1)
-        query, key, value = (project(h).reshape(heads) for project in (self.query, self.key, self.value))
-        return flash_attention(query, key, value, implementation=self.implementation).reshape(h.shape)
+        query, key, value = (
+            arithmetic.linear(name, getattr(self, name), h).reshape(heads) for name in ("query", "key", "value")
+        )
+        attended = arithmetic.attention(query, key, value, self.implementation).reshape(h.shape)
+        x = x + arithmetic.linear("out", self.out, attended)
+        h = jax.nn.gelu(arithmetic.linear("up", self.up, self.mlp_norm(x)), approximate=False)
+        return x + arithmetic.linear("down", self.down, h)
 
 
 class ViT(nnx.Module):
@@ -180,7 +182,7 @@ class ViT(nnx.Module):
         self.head = linear(D, config.num_classes)
         self.distillation_head = linear(D, config.num_classes) if config.distillation_head else None
 
-    def embed(self, images: jax.Array) -> jax.Array:
+    def embed(self, images: jax.Array, arithmetic: Arithmetic = FLOATING.ends) -> jax.Array:
         """[B, I, I, C], normalized as the model wants them -> [B, T, D]."""
         I, P, C = self.config.image_size, self.config.patch_size, self.config.channels
         if images.ndim != 4 or images.shape[1:] != (I, I, C):
@@ -189,34 +191,50 @@ class ViT(nnx.Module):
         cut = images.reshape(B, side, P, side, P, C).swapaxes(2, 3).reshape(B, side**2, -1)
         extra = [token[...] for token in (self.class_token, self.distillation_token) if token is not None]
         extra = [jnp.broadcast_to(token, (B, *token.shape[1:])).astype(self.dtype) for token in extra]
-        x = jnp.concatenate([*extra, self.patches(cut.astype(self.dtype))], axis=1)
+        x = jnp.concatenate([*extra, arithmetic.linear("patches", self.patches, cut.astype(self.dtype))], axis=1)
         return x + self.position[...].astype(self.dtype)
 
-    def features(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def features(self, images: jax.Array, arithmetic: Pair = FLOATING) -> tuple[jax.Array, jax.Array]:
         """The final norm's output [B, T, D], and the outputs of all blocks [L, B, T, D]."""
         graphdef, stacked = nnx.split(self.blocks)
-        x, of_blocks = _run_blocks(graphdef, stacked, self.embed(images))
+        x, of_blocks = _run_blocks(graphdef, stacked, arithmetic.blocks, self.embed(images, arithmetic.ends))
         return self.final_norm(x), of_blocks
 
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, arithmetic: Pair = FLOATING) -> jax.Array:
         """float32 logits [B, classes] of images [B, I, I, C]."""
-        return self.logits(self.features(images)[0])
+        return self.logits(self.features(images, arithmetic)[0], arithmetic.ends)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, arithmetic: Arithmetic = FLOATING.ends) -> jax.Array:
         """float32 [B, classes] of the final norm's output [B, T, D]."""
-        logits = self.head(hidden[:, 0])
+        logits = arithmetic.linear("head", self.head, hidden[:, 0])
         if self.distillation_head is not None:
             logits = (logits + self.distillation_head(hidden[:, 1])) / 2
         return logits.astype(jnp.float32)
 
+    def observed(self, images: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """What products read (models/arithmetic.py), of blocks [L, ...] and of the ends."""
+        graphdef, stacked = nnx.split(self.blocks)
+        ends = Observing({})
+
+        def run_block(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
+            observing = Observing({})
+            return nnx.merge(graphdef, parameters)(x, observing), observing.seen
+
+        x, of_blocks = jax.lax.scan(run_block, self.embed(images, ends), stacked)
+        self.logits(self.final_norm(x), ends)
+        return of_blocks, ends.seen
+
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _run_blocks(graphdef: nnx.GraphDef[ViTBlock], stacked: nnx.State, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    def run_block(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, jax.Array]:
-        x = nnx.merge(graphdef, parameters)(x)
+def _run_blocks(
+    graphdef: nnx.GraphDef[ViTBlock], stacked: nnx.State, arithmetic: Any, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def run_block(x: jax.Array, of_layer: tuple[nnx.State, Arithmetic]) -> tuple[jax.Array, jax.Array]:
+        parameters, arithmetic = of_layer
+        x = nnx.merge(graphdef, parameters)(x, arithmetic)
         return x, x
 
-    return jax.lax.scan(run_block, x, stacked)
+    return jax.lax.scan(run_block, x, (stacked, arithmetic))
 
 
 # --- Presets --------------------------------------------------------------------------------------------------
@@ -224,6 +242,8 @@ def _run_blocks(graphdef: nnx.GraphDef[ViTBlock], stacked: nnx.State, x: jax.Arr
 VIT_PRESETS: dict[str, ViTConfig] = {
     # For 28 x 28 gray images, such as MNIST: 0.8 million parameters.
     "vit_tiny_28": ViTConfig(28, 4, 128, 4, 4, 512, 10, channels=1),
+    # The same with wide matrices, for compression: 4.8 million.
+    "vit_small_28": ViTConfig(28, 4, 256, 6, 8, 1024, 10, channels=1),
     "vit_b16_224": ViTConfig(224, 16, 768, 12, 12, 3072, 1000),
     "deit_ti16_224": ViTConfig(224, 16, 192, 12, 3, 768, 1000, distilled=True, distillation_head=True),
     "deit_s16_224": ViTConfig(224, 16, 384, 12, 6, 1536, 1000, distilled=True, distillation_head=True),

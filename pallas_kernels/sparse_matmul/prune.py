@@ -68,8 +68,11 @@ def _checked(name: str, w: jax.Array, axis: int, multiple: int) -> int:
 
 
 def _magnitudes(w: jax.Array) -> jax.Array:
-    # The most negative integer has no magnitude in its own type.
-    return jnp.abs(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
+    # The most negative integer has no magnitude in its own type. What is not a number counts as large: it stays to be
+    # seen, and no more than two of four do.
+    floating = jnp.issubdtype(w.dtype, jnp.floating)
+    magnitudes = jnp.abs(w.astype(jnp.promote_types(w.dtype, jnp.float32) if floating else jnp.float32))
+    return jnp.where(jnp.isnan(magnitudes), jnp.inf, magnitudes)
 
 
 def _largest_two(score: jax.Array, axis: int) -> jax.Array:

@@ -77,7 +77,8 @@ def _straight_through(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     q = quantized(x, scale).astype(dtype)
     if x.dtype == jnp.int8:
         return q
-    inside = jnp.clip(x.astype(dtype) / lax.stop_gradient(scale).astype(dtype), -127, 127)
+    ratio = x.astype(dtype) / lax.stop_gradient(scale).astype(dtype)
+    inside = jnp.where(jnp.abs(ratio) <= 127, ratio, lax.stop_gradient(ratio))
     return inside + lax.stop_gradient(q - inside)
 
 

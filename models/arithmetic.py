@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In which numbers a vision transformer computes: what its products read, and how.
+
+    Floating         x w + b, flash_attention
+    Observing        the same, and remembers what products read: for calibration
+    FakeQuantized    codes(x) codes(w) a b + bias, and of attention's products; gradients pass       qat.fake_codes
+    Integers         the same from integers that are stored: sparse_matmul and products of int8 -> int32
+
+A model takes one of them for its blocks, whose arrays have a leading axis of layers, and one for its ends, patches and
+head. Products of a block and what each reads:
+
+    query, key, value <- attention      out <- out      up <- up      down <- down      scores <- q, k      sums <- p, v
+
+Letters: B batch, T tokens, N heads, H head dim, D width, L layers.
+
+Source: Yu et al., "Boost Vision Transformer with GPU-Friendly Sparsity and Quantization", 2023 (GPUSQ-ViT), section 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models import qat
+from models.qat import Codes
+from pallas_kernels import Sparse24Weight, flash_attention, sparse_matmul
+
+# What each layer of a model reads, by the layer's name; layers with the same input share its range.
+INPUTS = {
+    "query": "attention",
+    "key": "attention",
+    "value": "attention",
+    "out": "out",
+    "up": "up",
+    "down": "down",
+    "patches": "patches",
+    "head": "head",
+}
+ATTENTION = ("q", "k", "p", "v")
+
+
+class Arithmetic(Protocol):
+    """What a model calls."""
+
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        """x [..., K] through a layer that has this name in the model."""
+        ...
+
+    def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
+        """[B, T, N, H], bidirectional."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Floating:
+    """As the layers are."""
+
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        return layer(x)
+
+    def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
+        return flash_attention(query, key, value, implementation=implementation)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Of a model: for its blocks, and for its ends."""
+
+    blocks: Any = Floating()
+    ends: Any = Floating()
+
+
+FLOATING = Pair()
+
+
+@dataclasses.dataclass(frozen=True)
+class Observing:
+    """Remembers what products read, within one trace."""
+
+    seen: dict[str, jax.Array]
+
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        self.seen[INPUTS[name]] = x
+        return layer(x)
+
+    def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
+        p = jax.nn.softmax(_scores(query, key), axis=-1)
+        self.seen.update(q=query, k=key, p=p, v=value)
+        return _sums(p, value).astype(query.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FakeQuantized:
+    """Rounds what products read, and gradients pass.
+
+    Attributes:
+      scales: float32 of activations, by what is read; of blocks [L].
+      bits: of weights and activations, 8 or 4.
+    """
+
+    scales: Mapping[str, jax.Array]
+    bits: int = dataclasses.field(metadata={"static": True})
+
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        codes, kernel = Codes(self.bits), layer.kernel[...].astype(jnp.float32)
+        scale = jax.lax.stop_gradient(qat.weight_scale(kernel, codes))
+        sums = self._codes(INPUTS[name], x) @ qat.fake_codes(kernel, scale, codes)
+        y = sums * (self.scales[INPUTS[name]] * scale[0]) + _bias(layer).astype(jnp.float32)
+        return y.astype(layer.dtype)
+
+    def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
+        q, k, v = (self._codes(name, x) for name, x in zip("qkv", (query, key, value), strict=True))
+        scores = _scores(q, k) * (self.scales["q"] * self.scales["k"])
+        p = self._codes("p", jax.nn.softmax(scores, axis=-1))
+        return (_sums(p, v) * (self.scales["p"] * self.scales["v"])).astype(query.dtype)
+
+    def _codes(self, name: str, x: jax.Array) -> jax.Array:
+        return qat.fake_codes(x, self.scales[name], codes_of(name, self.bits))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Integers:
+    """Computes as `FakeQuantized` does, from stored integers: kernels of layers are not looked at.
+
+    Attributes:
+      scales: float32 of activations, by what is read; of blocks [L].
+      weights: by the layer's name: Sparse24Weight, or dense int8 [K, N]; of blocks with a leading axis L.
+      weight_scales: float32 [N], or [L, N].
+      bits: of weights and activations.
+    """
+
+    scales: Mapping[str, jax.Array]
+    weights: Mapping[str, Sparse24Weight | jax.Array]
+    weight_scales: Mapping[str, jax.Array]
+    bits: int = dataclasses.field(metadata={"static": True})
+
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        scales = self.scales[INPUTS[name]], self.weight_scales[name]
+        options: dict[str, Any] = {"bias": _bias(layer), "scales": scales, "out_dtype": layer.dtype}
+        return sparse_matmul(self._codes(INPUTS[name], x), self.weights[name], **options)
+
+    def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
+        q, k, v = (self._codes(name, x) for name, x in zip("qkv", (query, key, value), strict=True))
+        scores = _scores(q, k) * (self.scales["q"] * self.scales["k"])
+        p = self._codes("p", jax.nn.softmax(scores, axis=-1))
+        return (_sums(p, v) * (self.scales["p"] * self.scales["v"])).astype(query.dtype)
+
+    def _codes(self, name: str, x: jax.Array) -> jax.Array:
+        return qat.quantize(x, self.scales[name], codes_of(name, self.bits)).astype(jnp.int8)
+
+
+def codes_of(name: str, bits: int) -> Codes:
+    """Of activations, by what is read. Probabilities are never negative; of 8 bits they have the codes of int8."""
+    return Codes(min(bits, 7), signed=False) if name == "p" else Codes(bits)
+
+
+def _bias(layer: nnx.Linear) -> jax.Array:
+    assert layer.bias is not None
+    return layer.bias[...].astype(layer.dtype)
+
+
+def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 [B, N, T, S], times 1 / sqrt(H); of integers exact."""
+    scores = _product("btnh,bsnh->bnts", query, key)
+    return scores / math.sqrt(query.shape[-1])
+
+
+def _sums(p: jax.Array, value: jax.Array) -> jax.Array:
+    """float32 [B, T, N, H]."""
+    return _product("bnts,bsnh->btnh", p, value)
+
+
+def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    kind = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+    return jnp.einsum(axes, a, b, preferred_element_type=kind).astype(jnp.float32)
