@@ -518,13 +518,14 @@ def train_vit(argv: Sequence[str]) -> int:
             raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
         weights = distill.Weights(values.hard, values.soft, values.feature, values.temperature)
         own = {field.name for field in dataclasses.fields(vit_stages.Stage)} - {"kind", "weights"}
-        stage = vit_stages.Stage(kind=values.stage, weights=weights, **{name: values[name].value for name in own})
+        chosen: dict[str, Any] = {name: values[name].value for name in own}
+        stage = vit_stages.Stage(kind=values.stage, weights=weights, **chosen)
         check_free(Path(values.out), values.overwrite)
         start = vit_stages.Run.load(values.start) if values.start else VIT_PRESETS[values.preset]
         train, test = load_images(values.data).split(values.test_per_class, seed=0)
         if values.labels_per_class:
             train = train.with_labels(values.labels_per_class, seed=0)
-        size = (start.config if isinstance(start, vit_stages.Run) else start).image_size
+        size = vit_stages.check_start(stage, start).image_size
         train, test = train.resized(size), test.resized(size)
         with tqdm(total=stage.steps, desc=stage.kind, unit="step", dynamic_ncols=True) as progress:
             run = vit_stages.train(

@@ -465,8 +465,8 @@ def tinygemm(arguments: Arguments, direction: str) -> list[Candidate]:
 
 
 def _of_torch(arguments: Arguments) -> tuple[Any, Any, Any, int]:
-    """A call of sparse_matmul for PyTorch: x [M, K], the dense weight [N, K], float32 scales of outputs or None, and the
-    bytes of the weight as it is stored."""
+    """A call of sparse_matmul for PyTorch: x [M, K], the dense weight [N, K], float32 scales of outputs or None, and
+    the bytes of the weight as it is stored."""
     if extra := [name for name in ("bias", "activation") if arguments.get(name) is not None]:
         raise Unavailable(f"is measured without {', '.join(extra)}")
     if device.current().platform != "gpu":
@@ -478,8 +478,11 @@ def _of_torch(arguments: Arguments) -> tuple[Any, Any, Any, int]:
     if scales is not None and x.dtype != jnp.int8:
         raise Unavailable("takes x in int8")
     scale = None if scales is None else scales[0] * scales[1]
-    arrays = (None if a is None else torch.from_dlpack(jax.block_until_ready(a)).clone() for a in (x, w, scale))
-    return (*arrays, weight.nbytes)
+
+    def borrowed(array: jax.Array | None) -> Any:
+        return None if array is None else torch.from_dlpack(jax.block_until_ready(array)).clone()
+
+    return borrowed(x), borrowed(w), borrowed(scale), weight.nbytes
 
 
 def cusparselt(arguments: Arguments, direction: str) -> list[Candidate]:

@@ -134,7 +134,8 @@ class Integers:
 
     Attributes:
       scales: float32 of activations, by what is read; of blocks [L].
-      weights: by the layer's name: Sparse24Weight, or dense int8 [K, N]; of blocks with a leading axis L.
+      weights: by the layer's name: Sparse24Weight, or dense int8 [N, K], which products read along K; of blocks with a
+        leading axis L.
       weight_scales: float32 [N], or [L, N].
       bits: of weights and activations.
     """
@@ -147,7 +148,9 @@ class Integers:
     def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
         scales = self.scales[INPUTS[name]], self.weight_scales[name]
         options: dict[str, Any] = {"bias": _bias(layer), "scales": scales, "out_dtype": layer.dtype}
-        return sparse_matmul(self._codes(INPUTS[name], x), self.weights[name], **options)
+        weight = self.weights[name]
+        weight = weight if isinstance(weight, Sparse24Weight) else weight.T
+        return sparse_matmul(self._codes(INPUTS[name], x), weight, **options)
 
     def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
         q, k, v = (self._codes(name, x) for name, x in zip("qkv", (query, key, value), strict=True))

@@ -88,6 +88,8 @@ def calibrated(
     of_blocks, of_ends = jax.device_get(jax.jit(lambda p, x: nnx.merge(graphdef, p).observed(x))(params, images))
 
     def scale(name: str, values: np.ndarray, bits: int) -> float:
+        if not np.any(values):
+            return 0.0
         codes, seen = codes_of(name, bits), Range()
         seen.add(values)
         return seen.limit(observer, percentile=percentile, codes=codes) / codes.highest
@@ -113,13 +115,13 @@ def integers(params: Params, fake: Pair, pattern: Pattern | None) -> Pair:
 
 
 def _integers(kernel: jax.Array, bits: int, pattern: Pattern | None) -> tuple[Any, jax.Array]:
-    """The weight [K, N], and scales [N]."""
+    """The weight of a kernel [K, N] as models/arithmetic.py wants it, and scales [N]."""
     codes = Codes(bits)
     scale = qat.weight_scale(kernel, codes)
     w = qat.quantize(kernel, scale, codes).astype(jnp.int8)
-    if pattern is not None:
-        w = Sparse24Weight.from_dense(w, bits=4 if pattern == "4:8" and bits == 4 else None)
-    return w, scale[0]
+    if pattern is None:
+        return w.T, scale[0]
+    return Sparse24Weight.from_dense(w, bits=4 if pattern == "4:8" and bits == 4 else None), scale[0]
 
 
 def _arithmetic(fake: FakeQuantized, made: Mapping[str, tuple[Any, jax.Array]]) -> Integers:

@@ -36,6 +36,7 @@ from models.checkpoint import CheckpointError, check_free, open_safetensors, who
 from models.images import Augmentation, Images
 from models.qat import Observer
 from models.tokenizer import read_json, write_json
+from models.training import make_schedule
 from models.vit import ViT, ViTConfig
 from models.vit_compress import Pattern, apply_masks, calibrated, integers, pruning_masks, save_compressed_vit
 
@@ -198,7 +199,7 @@ def train(
     *,
     augmentation: Augmentation | None = AUGMENTATION,
     dtype: Any = jnp.float32,
-    report: Callable[[int, dict[str, np.ndarray]], None] | None = None,
+    report: Callable[[int, dict[str, np.ndarray]], object] | None = None,
 ) -> Run:
     """Runs a stage for all its seeds.
 
@@ -213,7 +214,7 @@ def train(
     Raises:
       ValueError: a start that does not fit the stage; a loss that is not finite.
     """
-    config = _check(stage, start)
+    config = check_start(stage, start)
     began = time.perf_counter()
     make = functools.partial(ViT, config, dtype=dtype, param_dtype=jnp.float32)
     graphdef = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))[0]
@@ -268,7 +269,8 @@ def accuracy(graphdef: nnx.GraphDef, run: Run, test_images: Images) -> np.ndarra
     return (np.concatenate(found, axis=1) == test_images.labels)[:, known].mean(axis=1)
 
 
-def _check(stage: Stage, start: Run | ViTConfig) -> ViTConfig:
+def check_start(stage: Stage, start: Run | ViTConfig) -> ViTConfig:
+    """The architecture; ValueError if a stage cannot go on from there."""
     if isinstance(start, ViTConfig):
         if stage.kind != "dense":
             raise ValueError(f'train: "{stage.kind}" goes on from a run; say which one, --start=FOLDER')
@@ -321,12 +323,12 @@ def _fit(
     train_images: Images,
     augmentation: Augmentation | None,
     seeds: range,
-    report: Callable[[int, dict[str, np.ndarray]], None] | None,
+    report: Callable[[int, dict[str, np.ndarray]], object] | None,
 ) -> tuple[Any, np.ndarray | None]:
     """Parameters after the steps, and mean feature losses [S, L] of the last tenth of them."""
     if not stage.steps:
         return run.params, None
-    schedule = optax.warmup_cosine_decay_schedule(0.0, stage.learning_rate, max(1, stage.steps // 10), stage.steps)
+    schedule = make_schedule("cosine", stage.learning_rate, stage.steps, stage.steps // 10)
     optimizer = optax.adamw(schedule, weight_decay=stage.weight_decay, mask=_decayed)
     last, distilled = critical(run.config), stage.kind != "dense"
 

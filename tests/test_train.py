@@ -356,3 +356,40 @@ def test_a_folder_of_another_run_or_of_something_else(uninterrupted, tmp_path, c
 def test_help(capsys):
     assert train.main(["train.py", "--help"]) == 0
     assert "--batch_size" in capsys.readouterr().out
+
+
+def test_a_vision_transformer_by_stages(tmp_path, capsys):
+    """Each from the folder of the one before; the last writes integers."""
+
+    def stage(name: str, *flags: str) -> int:
+        return train.main(["train.py", "--task=vit", f"--stage={name}", f"--out={tmp_path / name}", *flags])
+
+    assert stage("dense", "--steps=1", "--batch_size=4", "--test_per_class=10", "--labels_per_class=5") == 0
+    assert stage("prune", f"--start={tmp_path / 'dense'}", "--steps=0", "--test_per_class=10") == 0
+    assert stage("quantize", f"--start={tmp_path / 'prune'}", "--steps=0", "--test_per_class=10") == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    files = list((tmp_path / "quantize" / "export").iterdir())
+    assert summary["bytes"] == sum(file.stat().st_size for file in files)
+    assert summary["ratio"] > 5
+    assert len(summary["accuracy"]) == 1
+    # What is there stays there.
+    assert stage("prune", f"--start={tmp_path / 'dense'}", "--steps=0") == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stage=prune"], "goes on from a run"),
+        (["--stage=quantize", "--start=nowhere"], "nowhere: holds no run of train.py --task=vit"),
+        (["--hard=-1"], "hard must not be negative, got -1.0"),
+        (["--seeds=0"], "seeds must be at least 1, got 0"),
+        (["--labels_per_class=1000"], "per_class must be from 1 to 399"),
+    ],
+)
+def test_bad_flags_of_vision_transformers_are_named(flags, message, tmp_path, capsys):
+    assert train.main(["train.py", "--task=vit", f"--out={tmp_path / 'run'}", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: error: ")
+    assert message in error
+    assert not (tmp_path / "run").exists()

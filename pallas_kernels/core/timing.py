@@ -105,7 +105,7 @@ def copies(nbytes: int) -> int:
 
 def _copy(x: Any) -> Any:
     """With the same order of axes in memory."""
-    return jax.jit(jnp.copy, out_shardings=x.format)(x) if isinstance(x, jax.Array) else x + 0
+    return jax.jit(jnp.copy, out_shardings=x.format)(x) if hasattr(x, "format") else x + 0
 
 
 def _once(compiled: Callable, arguments: Sequence) -> float:

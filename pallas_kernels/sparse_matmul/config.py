@@ -20,9 +20,9 @@ REGISTERS = {1: 240, 2: 240, 3: 160}
 OTHERS = 22  # registers that are neither sums nor weights
 SHARED_MEMORY = 227 * 1024
 SLACK = 512  # of it: barriers
-# Measured on an H100, whose power limits its clock. In nanoseconds: a tile's first steps and its end; products of a step
-# for each output of a block (of dense weights 1.5 times that); and a byte of weights on its way to them. In bytes a
-# nanosecond: what the L2 gives, and the memory.
+# Measured on an H100, whose power limits its clock. In nanoseconds: a tile's first steps and its end; products of a
+# step for each output of a block (of dense weights 1.5 times that); and a byte of weights on its way to them. In bytes
+# a nanosecond: what the L2 gives, and the memory.
 TILE_TIME, PRODUCT, DENSE, WEIGHT, L2, MEMORY = 1500, 0.0130, 1.5, 0.0045, 9500, 2900
 
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sparse_matmul on NVIDIA GPUs: the kernel of sm90.py. Compiled for Hopper and right in the interpreter; no GPU has run
-it, so that "auto" leaves it alone."""
+"""sparse_matmul on NVIDIA GPUs: the kernel of sm90.py for Hopper, which takes sparse weights and dense ones of int8."""
 
 from typing import Any
 

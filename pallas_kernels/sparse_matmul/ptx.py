@@ -167,8 +167,8 @@ def multiply_dense(sums: jax.Array, w: Ref, x: Ref) -> jax.Array:
 def wait(metadata: Sequence[jax.Array], started: int) -> jax.Array:
     """Until all products are done but those of so many calls of `multiply`; `metadata` is what the last of them read.
 
-    Returns 0, for addresses of what is taken next. The compiler does not know that a product reads its metadata while it
-    goes on, and would load the next into the same register; it has to keep what tells it this number.
+    Returns 0, for addresses of what is taken next. The compiler does not know that a product reads its metadata while
+    it goes on, and would load the next into the same register; it has to keep what tells it this number.
     """
 
     def sparse_wait(_, *metas):
@@ -217,7 +217,7 @@ def _look_up(address: Value, words: int, offset: int) -> list[Value]:
 def _start(
     instruction: str, shape: str, sums: Sequence[Value], operands: Sequence[Value], kinds: str, options: str
 ) -> list[Value]:
-    """One product: sums, in the same registers afterwards. `kinds` of operands: r, l; runs of r up to four are vectors."""
+    """One product: sums, in the same registers afterwards. `kinds` of operands: r and l; four r are a vector."""
     n = len(sums)
     names = [f"${i}" for i in range(2 * n, 2 * n + len(operands))]
     if kinds.startswith("rrrr"):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """sparse_matmul on Hopper: sparse products of the tensor cores, weights from memory to registers.
 
-A block goes from tile to tile of the output. Each of its warpgroups has one or two times 64 outputs; one more copies x:
+A block goes from tile to tile of the output. Each of its warpgroups has one or two times 64 outputs; one more copies:
 
-    copies      X[k + 1 ...] [R, 128 bytes]         TMA, into a ring of slots in shared memory, of every block of a cluster
-                W[k + 1 ...]                        the same, 32 bytes and 4 or 8 of metadata for each thread
+    copies      X[k + 1 ...] [R, 128 bytes]         TMA, into a ring of slots in shared memory; for all of a cluster
+                W[k + 1 ...]                        the same; 32 bytes and 4 or 8 of metadata for each thread
     take        W[k]                                each thread its own, into registers
     multiply    Z^T [64, R] += W[k] X[k]^T          wgmma.sp: reads the kept half of W, and all of X
 
@@ -72,6 +72,9 @@ def outputs(
         def here_of(slot: Any) -> tuple[Ref, ...]:
             return tuple(ref.at[slot] for ref in weights)
 
+        # Each block of a cluster reads a part, for all.
+        every: dict[str, Any] = {"collective_axes": "peer"} if config.cluster > 1 else {}
+
         def copy() -> None:
             @pl.loop(0, rounds * steps)
             def _(number):
@@ -79,8 +82,6 @@ def outputs(
                 down_at, across_at = place(lax.div(number, steps))
                 pl.when(number >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                 here = x_gmem.at[pl.ds(down_at * rows, rows), pl.ds(step * inputs, inputs)]
-                # Each block of a cluster reads a part, for all.
-                every = {"collective_axes": "peer"} if config.cluster > 1 else {}
                 plgpu.copy_gmem_to_smem(here, slots.at[slot], full.at[slot], **every)
                 own = (across_at * config.cluster + peer) * per_block
                 weight.copy(weight_gmem, here_of(slot), own, per_block, step, full.at[slot])

@@ -7,9 +7,9 @@ group's four inputs each is, [K / 2, N]. Hardware order is by 64 outputs, and by
 
     values [N' / 64, steps, 128, 16 bytes]   a step is 32 bytes of kept values of each output; a thread has of each of
                                              its two outputs bytes 4 c ... 4 c + 3 and 16 + 4 c ... 16 + 4 c + 3
-    metadata [N' / 64, K' / 64, 128]         2 + 2 bits for each group, two places of 0 to 3. 16-bit types: a word has 16
-                                             bits of each of the thread's two outputs, for inputs 16 c ... 16 c + 15 of
-                                             64. int8: the 32 bits of one, 16 w + g + 8 (c % 2), for inputs
+    metadata [N' / 64, K' / 64, 128]         2 + 2 bits for each group, two places of 0 to 3. 16-bit types: a word has
+                                             16 bits of each of the thread's two outputs, for inputs 16 c ... 16 c + 15
+                                             of 64. int8: the 32 bits of one, 16 w + g + 8 (c % 2), for inputs
                                              32 (c / 2) ... + 31
 
 so that a thread reads 16 adjacent bytes for each product, and nothing is moved on the way to it. Values take 1/2 and

@@ -203,7 +203,10 @@ def _quantized_matmul(implementation: str, shape: str, dtype: str, compiling: Co
 
 # Many rows and few, each type, an epilogue.
 _SPARSE_GPU = {
-    "square_4096": "bfloat16",
+    "square_8192": "bfloat16",
+    "silu_70": "bfloat16",  # nothing is a multiple of anything
+    "llama2_70b_down_m256": "bfloat16",
+    "int8_dense_square_8192": "bfloat16",
     "llama2_7b_gate_up_m64": "float16",
     "llama2_7b_down_m1": "bfloat16",
     "int8_llama2_7b_gate_up_m4096": "bfloat16",

@@ -77,3 +77,15 @@ def test_bad_arguments_are_named(prune):
 def test_norms_must_fit():
     with pytest.raises(ValueError, match=r"activation_norm must have shape \[8\].*axis 0, got \(4,\)"):
         prune_2_4(jnp.zeros((8, 4)), activation_norm=jnp.ones(4))
+
+
+def test_integers_of_4_bits_are_pruned_too():
+    w = jnp.asarray([[1], [-8], [7], [0]], jnp.int4)
+    assert prune_2_4(w)[:, 0].tolist() == [0, -8, 7, 0]
+
+
+def test_what_is_not_a_number_stays_among_two_of_four():
+    w = jnp.asarray([[jnp.nan], [3.0], [jnp.nan], [jnp.nan]])
+    kept = np.asarray(prune_2_4(w))[:, 0]
+    assert np.isnan(kept).tolist() == [True, False, True, False]
+    assert kept[[1, 3]].tolist() == [0, 0]

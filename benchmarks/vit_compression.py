@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each part of compressing a vision transformer is worth: accuracy and bytes, for every control.
+
+    python -m benchmarks.vit_compression                     all variants that have no row yet, several seeds each
+    python -m benchmarks.vit_compression --only='int4*'      some of them, and what they start from
+    python -m benchmarks.vit_compression --table --plot      the README's table and picture of the rows
+
+Each variant is a command of train.py, printed as it runs; its folder stays in --runs, so that a run that was stopped
+goes on with the next variant. Rows go to benchmarks/results/vit_compression.csv.
+
+MNIST's 5000 images, of which 1000 are for testing; of the others few have a label, so that there is something to lose.
+"""
+
+import argparse
+import contextlib
+import csv
+import fnmatch
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+import train
+from benchmarks import rows
+from models.vit_stages import Run
+
+RESULTS = rows.RESULTS / "vit_compression.csv"
+PICTURE = rows.RESULTS / "vit_compression.png"
+COLUMNS = ("variant", "accuracy", "lowest", "highest", "bytes", "ratio", "seconds", "jax", "device")
+
+_NO_DISTILLATION = ("--soft=0", "--feature=0")
+_PRUNE, _QUANTIZE = ("--stage=prune", "--learning_rate=0.0005"), ("--stage=quantize", "--learning_rate=0.0001")
+
+
+def _quantized(bits: int, pattern: str) -> dict[str, tuple[str | None, tuple[str, ...]]]:
+    """The recipe of so many bits, and what it is compared with: variant -> (what it starts from, flags)."""
+    pruned, common = f"distilled_{pattern}", (*_QUANTIZE, f"--bits={bits}")
+    name = f"int{bits}"
+    return {
+        f"{name}_ptq": (pruned, (*common, "--steps=0")),
+        f"{name}_without_distillation": (pruned, (*common, *_NO_DISTILLATION)),
+        name: (pruned, common),
+        f"{name}_without_hard": (pruned, (*common, "--hard=0")),
+        f"{name}_without_soft": (pruned, (*common, "--soft=0")),
+        f"{name}_without_feature": (pruned, (*common, "--feature=0")),
+        f"{name}_uniform": (pruned, (*common, "--layers=uniform")),
+        f"{name}_inverse": (pruned, (*common, "--layers=inverse")),
+        f"{name}_dense_teacher": (pruned, (*common, "--teacher=dense")),
+        f"{name}_unsupervised": (f"unsupervised_{pattern}", (*common, "--hard=0")),
+        f"{name}_not_pruned": ("dense", common),
+    }
+
+
+def _pruned(pattern: str) -> dict[str, tuple[str | None, tuple[str, ...]]]:
+    flags = (*_PRUNE, f"--pattern={pattern}")
+    return {
+        f"one_shot_{pattern}": ("dense", (*flags, "--steps=0")),
+        f"fine_tuned_{pattern}": ("dense", (*flags, *_NO_DISTILLATION)),
+        f"distilled_{pattern}": ("dense", flags),
+        f"distilled_{pattern}_without_hard": ("dense", (*flags, "--hard=0")),
+        f"distilled_{pattern}_without_soft": ("dense", (*flags, "--soft=0")),
+        f"distilled_{pattern}_without_feature": ("dense", (*flags, "--feature=0")),
+        f"unsupervised_{pattern}": ("dense", (*flags, "--hard=0")),
+    }
+
+
+VARIANTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "dense": (None, ("--stage=dense", "--learning_rate=0.001")),
+    **_pruned("2:4"),
+    **_quantized(8, "2:4"),
+    **_pruned("4:8"),
+    **_quantized(4, "4:8"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    if options.table or options.plot:
+        found = _rows(options.out)
+        if options.table:
+            print(table(found))
+        if options.plot:
+            plot(found, PICTURE)
+        return 0
+    done = {row["variant"] for row in _rows(options.out)}
+    wanted = [name for name in VARIANTS if fnmatch.fnmatch(name, options.only) and name not in done]
+    for name in wanted:
+        if not _run(name, options):
+            return 1
+    return 0
+
+
+def _run(name: str, options: argparse.Namespace) -> bool:
+    """Trains a variant, and before it what it starts from; False if train.py failed."""
+    start, flags = VARIANTS[name]
+    folder = options.runs / name
+    if (folder / "run.json").is_file() and (start is None or name in {row["variant"] for row in _rows(options.out)}):
+        return True
+    if start is not None and not (options.runs / start / "run.json").is_file() and not _run(start, options):
+        return False
+    steps = [] if any(flag.startswith("--steps=") for flag in flags) else [f"--steps={options.steps}"]
+    if start is None:
+        steps = [f"--steps={options.dense_steps}"]
+    command = ["train.py", "--task=vit", *flags, *steps, f"--seeds={options.seeds}", f"--out={folder}", "--overwrite"]
+    command += [f"--preset={options.preset}", f"--labels_per_class={options.labels_per_class}"]
+    command += [] if start is None else [f"--start={options.runs / start}"]
+    print("python", *command, flush=True)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        failed = train.main(command)
+    if failed:
+        return False
+    summary = json.loads(printed.getvalue().splitlines()[-1])
+    _append(options.out, name, summary, Run.load(folder))
+    return True
+
+
+def _append(out: Path, name: str, summary: dict[str, Any], run: Run) -> None:
+    accuracy = np.asarray(summary["accuracy"])
+    row = {
+        "variant": name,
+        "accuracy": f"{accuracy.mean():.4f}",
+        "lowest": f"{accuracy.min():.4f}",
+        "highest": f"{accuracy.max():.4f}",
+        "bytes": summary.get("bytes", run.dense_nbytes if run.pattern is None else ""),
+        "ratio": f"{summary['ratio']:.2f}" if "ratio" in summary else "",
+        "seconds": f"{summary['seconds']:.1f}",
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
+    print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = not out.is_file()
+    with out.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow([row[name] for name in COLUMNS])
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
+
+
+def table(found: list[dict[str, str]]) -> str:
+    """Markdown: accuracy of the mean seed, its spread, and bytes."""
+    dense = next((float(row["accuracy"]) for row in found if row["variant"] == "dense"), float("nan"))
+    lines = ["| variant | accuracy | of the seeds | against dense | bytes | times fewer |", "|---|---|---|---|---|---|"]
+    order = {name: i for i, name in enumerate(VARIANTS)}
+    for row in sorted(found, key=lambda row: order.get(row["variant"], len(order))):
+        accuracy = float(row["accuracy"])
+        spread = f"{float(row['lowest']):.1%} to {float(row['highest']):.1%}"
+        nbytes = f"{int(row['bytes']):,}" if row["bytes"] else ""
+        cells = (row["variant"], f"{accuracy:.1%}", spread, f"{100 * (accuracy - dense):+.1f}", nbytes, row["ratio"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(found: list[dict[str, str]], file: Path) -> None:
+    """Accuracy against bytes of all that have them."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in found:
+        if row["bytes"]:
+            low, middle, high = (100 * float(row[name]) for name in ("lowest", "accuracy", "highest"))
+            size = int(row["bytes"]) / 1e6
+            axes.errorbar(size, middle, [[middle - low], [high - middle]], fmt="o", capsize=3)
+            axes.annotate(row["variant"], (size, middle), textcoords="offset points", xytext=(5, 3), fontsize=6)
+    axes.set(xscale="log", xlabel="megabytes", ylabel="accuracy, %", title="ViT on MNIST 5k, few labels")
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", default="*", help="variants, with wildcards")
+    parser.add_argument("--runs", type=Path, default=Path("runs/vit_compression"), help="folder of their runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file of the rows")
+    parser.add_argument("--preset", default="vit_small_28", help="model")
+    parser.add_argument("--seeds", type=int, default=3, help="models of each variant, trained together")
+    parser.add_argument("--steps", type=int, default=400, help="of each stage")
+    parser.add_argument("--dense_steps", type=int, default=2000, help="of the dense models")
+    parser.add_argument("--labels_per_class", type=int, default=40, help="images whose label is known; 0 for all")
+    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    parser.add_argument("--plot", action="store_true", help=f"draw {PICTURE.name} and stop")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
