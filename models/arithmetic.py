@@ -2,6 +2,7 @@
 """In which numbers a vision transformer computes: what its products read, and how.
 
     Floating         x w + b, flash_attention
+    Sparse           the same with 2:4 weights: sparse_matmul
     Observing        the same, and remembers what products read: for calibration
     FakeQuantized    codes(x) codes(w) a b + bias, and of attention's products; gradients pass       qat.fake_codes
     Integers         the same from integers that are stored: sparse_matmul and products of int8 -> int32
@@ -67,6 +68,21 @@ class Floating:
 
     def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
         return flash_attention(query, key, value, implementation=implementation)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sparse(Floating):
+    """Floating, with weights of which two of four inputs are kept; kernels of layers are not looked at.
+
+    Attributes:
+      weights: by the layer's name, in the type that layers compute in; of blocks with a leading axis L.
+    """
+
+    weights: Mapping[str, Sparse24Weight]
+
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        return sparse_matmul(x.astype(layer.dtype), self.weights[name], bias=_bias(layer))
 
 
 @jax.tree_util.register_dataclass
@@ -138,12 +154,15 @@ class Integers:
         leading axis L.
       weight_scales: float32 [N], or [L, N].
       bits: of weights and activations.
+      floating_attention: attention is computed by flash_attention, in the type of the layers, and is not rounded: not
+        what training saw, and faster.
     """
 
     scales: Mapping[str, jax.Array]
     weights: Mapping[str, Sparse24Weight | jax.Array]
     weight_scales: Mapping[str, jax.Array]
     bits: int = dataclasses.field(metadata={"static": True})
+    floating_attention: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
         scales = self.scales[INPUTS[name]], self.weight_scales[name]
@@ -153,6 +172,8 @@ class Integers:
         return sparse_matmul(self._codes(INPUTS[name], x), weight, **options)
 
     def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
+        if self.floating_attention:
+            return flash_attention(query, key, value, implementation=implementation)
         q, k, v = (self._codes(name, x) for name, x in zip("qkv", (query, key, value), strict=True))
         scores = _scores(q, k) * (self.scales["q"] * self.scales["k"])
         p = self._codes("p", jax.nn.softmax(scores, axis=-1))

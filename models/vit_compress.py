@@ -27,7 +27,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models import qat
-from models.arithmetic import FakeQuantized, Integers, Pair, codes_of
+from models.arithmetic import FakeQuantized, Integers, Pair, Sparse, codes_of
 from models.checkpoint import CheckpointError, check_free, open_safetensors, whole_folder
 from models.qat import Codes, Observer, Range
 from models.tokenizer import read_json, write_json
@@ -102,7 +102,17 @@ def calibrated(
     return Pair(FakeQuantized(scales, bits), FakeQuantized(ends, END_BITS))
 
 
-def integers(params: Params, fake: Pair, pattern: Pattern | None) -> Pair:
+def sparse(params: Params, dtype: DTypeLike) -> Pair:
+    """Of parameters that were pruned to "2:4": floating products with what is kept."""
+    kernels = {name: params["blocks"][name]["kernel"].astype(dtype) for name in PRUNED}
+    weights = {
+        name: jax.tree.map(lambda *parts: jnp.stack(parts), *map(Sparse24Weight.from_dense, kernel))
+        for name, kernel in kernels.items()
+    }
+    return Pair(Sparse(weights))
+
+
+def integers(params: Params, fake: Pair, pattern: Pattern | None, *, floating_attention: bool = False) -> Pair:
     """The integers of parameters that were trained under fake quantization, and pruned to a pattern if there is one."""
     bits, blocks, ends = fake.blocks.bits, {}, {}
     for name in PRUNED:
@@ -111,7 +121,8 @@ def integers(params: Params, fake: Pair, pattern: Pattern | None) -> Pair:
         blocks[name] = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
     for name in ("patches", "head"):
         ends[name] = _integers(params[name]["kernel"], END_BITS, None)
-    return Pair(_arithmetic(fake.blocks, blocks), _arithmetic(fake.ends, ends))
+    exact = Pair(_arithmetic(fake.blocks, blocks), _arithmetic(fake.ends, ends))
+    return dataclasses.replace(exact, blocks=dataclasses.replace(exact.blocks, floating_attention=floating_attention))
 
 
 def _integers(kernel: jax.Array, bits: int, pattern: Pattern | None) -> tuple[Any, jax.Array]:

@@ -16,7 +16,16 @@ from models.arithmetic import FLOATING
 from models.checkpoint import CheckpointError
 from models.images import Images
 from models.vit import ViT, ViTConfig
-from models.vit_compress import PRUNED, calibrated, integers, load_compressed_vit, pruning_masks, save_compressed_vit
+from models.vit_compress import (
+    PRUNED,
+    calibrated,
+    integers,
+    load_compressed_vit,
+    pruning_masks,
+    save_compressed_vit,
+    sparse,
+)
+from models.vit_inference import Classifier
 from models.vit_stages import Run, Stage, train
 
 CONFIG = ViTConfig(16, 8, 16, 2, 2, 32, 3, channels=1)
@@ -97,6 +106,16 @@ def test_a_wide_model_is_as_small_as_its_bits():
         exact = integers(masked, calibrated(graphdef, masked, pixels, bits=bits, observer="max"), pattern)
         weights = 4 * 256 * 256 + 2 * 256 * 512
         assert sum(exact.blocks.weights[name].nbytes for name in PRUNED) == weights * bits / 8 * 0.625
+
+
+def test_a_classifier_is_its_model():
+    """Layers apart; and two of four in floating point."""
+    params = first(pruned_run("2:4").params)
+    model = nnx.merge(GRAPHDEF, params)
+    pixels = jnp.asarray(random_images(2, 5).pixels / 127.5 - 1, jnp.float32)
+    expected = model(pixels)
+    np.testing.assert_allclose(Classifier(model)(pixels), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(Classifier(model, sparse(params, jnp.float32))(pixels), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_ranges_are_those_of_the_activations():

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast vision transformers are with 2:4 weights, with int8, and with both: one image, and a large batch.
+
+    python -m benchmarks.vit_latency                                    ViT-B/16 and DeiT-S, on the device here
+    python -m benchmarks.vit_latency --models=deit_ti16_224 --batches=1 --variants=bfloat16,int8
+
+Each variant is the whole model in one program, on weights that were drawn at random and pruned, checked against the
+same computation in float32. `busy` is the time of its kernels, `wall` from the call until the logits are there. Rows go to
+benchmarks/results/<device>_vit.csv. On a GPU float32 products are TF32.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks import rows, timing
+from models.arithmetic import FLOATING, Pair
+from models.vit import VIT_PRESETS, ViT, ViTConfig
+from models.vit_compress import apply_masks, calibrated, integers, pruning_masks, sparse
+from models.vit_inference import Classifier
+
+COLUMNS = ("model", "batch", "variant", "wall_us", "busy_us", "images_per_s", "error", "jax", "device", "timing")
+VARIANTS = ("float32", "bfloat16", "bfloat16_2_4", "int8", "int8_2_4")
+CALIBRATION = 4  # images
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    out = options.out or rows.RESULTS / f"{rows.device_name()}_vit.csv"
+    for name in options.models:
+        prepared = Prepared(VIT_PRESETS[name])
+        for batch in options.batches:
+            for variant in options.variants:
+                row = {"model": name, "batch": batch, "variant": variant} | measure(prepared, variant, batch)
+                print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+                _append(out, row)
+    return 0
+
+
+class Prepared:
+    """A model whose blocks are pruned, and what its variants compute with."""
+
+    def __init__(self, config: ViTConfig):
+        self.config = config
+        self.graphdef, state = nnx.split(ViT(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+        params = nnx.to_pure_dict(state)
+        self.params = apply_masks(params, pruning_masks(params, "2:4"))
+        random = np.random.default_rng(0)
+        size = config.image_size
+        self.images = jnp.asarray(random.uniform(-1, 1, (CALIBRATION, size, size, config.channels)), jnp.float32)
+        self.expected = np.asarray(Classifier(self.model(jnp.float32))(self.images))
+
+    def model(self, dtype: jnp.dtype) -> ViT:
+        """Computing in a type, on parameters in it."""
+        graphdef, state = nnx.split(
+            nnx.eval_shape(lambda: ViT(self.config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+        )
+        nnx.replace_by_pure_dict(state, jax.tree.map(lambda x: x.astype(dtype), self.params))
+        return nnx.merge(graphdef, state)
+
+    def classifier(self, variant: str) -> Classifier:
+        kind = jnp.float32 if variant == "float32" else jnp.bfloat16
+        return Classifier(self.model(kind), self._arithmetic(variant))
+
+    def _arithmetic(self, variant: str) -> Pair:
+        if variant == "bfloat16_2_4":
+            return sparse(self.params, jnp.bfloat16)
+        if not variant.startswith("int8"):
+            return FLOATING
+        fake = calibrated(self.graphdef, self.params, np.asarray(self.images), bits=8)
+        return integers(self.params, fake, "2:4" if variant == "int8_2_4" else None, floating_attention=True)
+
+
+def measure(prepared: Prepared, variant: str, batch: int) -> dict[str, object]:
+    """Medians of the variant, and its largest error over the largest logit."""
+    classifier = prepared.classifier(variant)
+    error = np.abs(np.asarray(classifier(prepared.images)) - prepared.expected).max() / np.abs(prepared.expected).max()
+    images = jnp.asarray(np.resize(prepared.images, (batch, *prepared.images.shape[1:])))
+    arguments = (classifier.arguments, images)
+    wall = _wall(lambda: classifier.program(*arguments))
+    busy = timing.measure(classifier.program, arguments)
+    return {
+        "wall_us": number(1e6 * wall),
+        "busy_us": number(1e6 * busy.median),
+        "images_per_s": number(batch / wall),
+        "error": f"{error:.4f}",
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "timing": busy.method,
+    }
+
+
+def number(x: float) -> str:
+    return f"{x:.4g}"
+
+
+def _wall(run: Callable[[], jax.Array], budget: float = 1.0) -> float:
+    """Median seconds of a call, its results awaited."""
+    jax.block_until_ready(run())
+    seconds: list[float] = []
+    while len(seconds) < 5 or (sum(seconds) < budget and len(seconds) < 500):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
+def _append(out: Path, row: dict[str, object]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = not out.is_file()
+    with out.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        writer.writerow([row[name] for name in COLUMNS])
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    def some(known: Sequence[str]) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            names = text.split(",")
+            if unknown := [name for name in names if name not in known]:
+                raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known: {', '.join(known)}")
+            return names
+
+        return parse
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", type=some(tuple(VIT_PRESETS)), default=["vit_b16_224", "deit_s16_224"])
+    parser.add_argument("--variants", type=some(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--batches", type=lambda text: [int(size) for size in text.split(",")], default=[1, 256])
+    parser.add_argument("--out", type=Path, help="CSV file; default: benchmarks/results/<device>_vit.csv")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

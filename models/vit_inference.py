@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vision transformer made ready to classify: layers apart, so that none is copied out of a stack, in one program.
+
+classify = Classifier(model)                                        as it is
+classify = Classifier(*load_compressed_vit("runs/int8/export"))     integers
+classify(images)                                                    float32 logits [B, classes]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from models.arithmetic import FLOATING, Pair
+from models.vit import ViT
+
+
+class Classifier:
+    """Calls a model; compiled once for each size of a batch.
+
+    Attributes:
+      arguments: what the program reads: each layer's parameters and arithmetic, and the rest of the model.
+    """
+
+    def __init__(self, model: ViT, arithmetic: Pair = FLOATING):
+        self._block, stacked = nnx.split(model.blocks)
+        self._graphdef, self._rest = nnx.split(model)
+        layers = [
+            jax.tree.map(lambda x, layer=layer: x[layer], (stacked, arithmetic.blocks))
+            for layer in range(model.config.num_layers)
+        ]
+        self.arguments = (self._rest, layers, arithmetic.ends)
+        self.program = jax.jit(self._classify)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """float32 logits of images [B, I, I, C], normalized."""
+        return self.program(self.arguments, images)
+
+    def _classify(self, arguments: Any, images: jax.Array) -> jax.Array:
+        rest, layers, ends = arguments
+        model = nnx.merge(self._graphdef, rest)
+        x = model.embed(images, ends)
+        for parameters, arithmetic in layers:
+            x = nnx.merge(self._block, parameters)(x, arithmetic)
+        return model.logits(model.final_norm(x), ends)
