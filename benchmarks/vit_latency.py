@@ -5,8 +5,8 @@
     python -m benchmarks.vit_latency --models=deit_ti16_224 --batches=1 --variants=bfloat16,int8
 
 Each variant is the whole model in one program, on weights that were drawn at random and pruned, checked against the
-same computation in float32. `busy` is the time of its kernels, `wall` from the call until the logits are there. Rows go to
-benchmarks/results/<device>_vit.csv. On a GPU float32 products are TF32.
+same computation in float32. `busy` is the time of its kernels, `wall` from the call until the logits are there. Rows go
+to benchmarks/results/<device>_vit.csv. On a GPU float32 products are TF32.
 """
 
 import argparse

@@ -53,8 +53,17 @@ class Arithmetic(Protocol):
         """x [..., K] through a layer that has this name in the model."""
         ...
 
-    def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
-        """[B, T, N, H], bidirectional."""
+    def attention(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        implementation: Any,
+        *,
+        bias: jax.Array | None = None,
+        mask: Any = None,
+    ) -> jax.Array:
+        """[B, T, N, H]; `bias` is added to logits, and `mask` one of pallas_kernels.masks, as of flash_attention."""
         ...
 
 
@@ -66,8 +75,17 @@ class Floating:
     def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
         return layer(x)
 
-    def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
-        return flash_attention(query, key, value, implementation=implementation)
+    def attention(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        implementation: Any,
+        *,
+        bias: jax.Array | None = None,
+        mask: Any = None,
+    ) -> jax.Array:
+        return flash_attention(query, key, value, bias=bias, mask=mask, implementation=implementation)
 
 
 @jax.tree_util.register_dataclass
@@ -107,8 +125,17 @@ class Observing:
         self.seen[INPUTS[name]] = x
         return layer(x)
 
-    def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
-        p = jax.nn.softmax(_scores(query, key), axis=-1)
+    def attention(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        implementation: Any,
+        *,
+        bias: jax.Array | None = None,
+        mask: Any = None,
+    ) -> jax.Array:
+        p = _probabilities(_scores(query, key), bias, mask)
         self.seen.update(q=query, k=key, p=p, v=value)
         return _sums(p, value).astype(query.dtype)
 
@@ -133,10 +160,19 @@ class FakeQuantized:
         y = sums * (self.scales[INPUTS[name]] * scale[0]) + _bias(layer).astype(jnp.float32)
         return y.astype(layer.dtype)
 
-    def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
+    def attention(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        implementation: Any,
+        *,
+        bias: jax.Array | None = None,
+        mask: Any = None,
+    ) -> jax.Array:
         q, k, v = (self._codes(name, x) for name, x in zip("qkv", (query, key, value), strict=True))
         scores = _scores(q, k) * (self.scales["q"] * self.scales["k"])
-        p = self._codes("p", jax.nn.softmax(scores, axis=-1))
+        p = self._codes("p", _probabilities(scores, bias, mask))
         return (_sums(p, v) * (self.scales["p"] * self.scales["v"])).astype(query.dtype)
 
     def _codes(self, name: str, x: jax.Array) -> jax.Array:
@@ -171,12 +207,21 @@ class Integers:
         weight = weight if isinstance(weight, Sparse24Weight) else weight.T
         return sparse_matmul(self._codes(INPUTS[name], x), weight, **options)
 
-    def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any) -> jax.Array:
+    def attention(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        implementation: Any,
+        *,
+        bias: jax.Array | None = None,
+        mask: Any = None,
+    ) -> jax.Array:
         if self.floating_attention:
-            return flash_attention(query, key, value, implementation=implementation)
+            return flash_attention(query, key, value, bias=bias, mask=mask, implementation=implementation)
         q, k, v = (self._codes(name, x) for name, x in zip("qkv", (query, key, value), strict=True))
         scores = _scores(q, k) * (self.scales["q"] * self.scales["k"])
-        p = self._codes("p", jax.nn.softmax(scores, axis=-1))
+        p = self._codes("p", _probabilities(scores, bias, mask))
         return (_sums(p, v) * (self.scales["p"] * self.scales["v"])).astype(query.dtype)
 
     def _codes(self, name: str, x: jax.Array) -> jax.Array:
@@ -197,6 +242,15 @@ def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
     """float32 [B, N, T, S], times 1 / sqrt(H); of integers exact."""
     scores = _product("btnh,bsnh->bnts", query, key)
     return scores / math.sqrt(query.shape[-1])
+
+
+def _probabilities(scores: jax.Array, bias: jax.Array | None, mask: Any) -> jax.Array:
+    """Softmax of [B, N, T, S]. Bias and mask come after the rounding: their size would take its range."""
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = jnp.where(mask.as_array(*scores.shape[2:]), scores, -jnp.inf)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def _sums(p: jax.Array, value: jax.Array) -> jax.Array:

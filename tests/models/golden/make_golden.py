@@ -92,6 +92,21 @@ VISION = {
         transformers.DeiTConfig(**VISION_COMMON)
     ),
 }
+# Windows of 4 x 4 in 10 x 10 tokens, then in 5 x 5: shifted, and filled up.
+VISION["swin"] = lambda: transformers.SwinForImageClassification(
+    transformers.SwinConfig(
+        image_size=40,
+        patch_size=4,
+        num_channels=1,
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=4,
+        mlp_ratio=2.0,
+        num_labels=7,
+        initializer_range=0.3,
+    )
+)
 CASES = {
     "llama": {
         "linear": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
@@ -153,10 +168,11 @@ def make_vision(name: str) -> None:
     config = model.config
     images = torch.randn(BATCH, config.num_channels, config.image_size, config.image_size)
     out = model(images, output_hidden_states=True)
-    blocks = torch.stack(out.hidden_states[1:])
-    arrays = {"images": images, "logits": out.logits, "blocks": blocks}
+    arrays = {"images": images, "logits": out.logits}
+    if name != "swin":  # whose stages differ in size
+        arrays["blocks"] = torch.stack(out.hidden_states[1:])
     np.savez_compressed(folder / "logits.npz", **{key: array.numpy() for key, array in arrays.items()})
-    print(name, {key: float(array.std()) for key, array in arrays.items()}, tuple(blocks.shape))
+    print(name, {key: float(array.std()) for key, array in arrays.items()})
 
 
 @torch.no_grad()
