@@ -87,6 +87,9 @@ class Floating:
     ) -> jax.Array:
         return flash_attention(query, key, value, bias=bias, mask=mask, implementation=implementation)
 
+    def as_read(self, name: str, x: jax.Array) -> jax.Array:
+        return x
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +120,19 @@ FLOATING = Pair()
 
 @dataclasses.dataclass(frozen=True)
 class Observing:
-    """Remembers what products read, within one trace."""
+    """Remembers what products of another arithmetic read, within one trace.
+
+    Attributes:
+      seen: by what is read; "p" are the probabilities of attention, [B, N, T, T].
+      of: Floating or FakeQuantized.
+    """
 
     seen: dict[str, jax.Array]
+    of: Any = Floating()
 
     def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
         self.seen[INPUTS[name]] = x
-        return layer(x)
+        return self.of.linear(name, layer, x)
 
     def attention(
         self,
@@ -135,9 +144,9 @@ class Observing:
         bias: jax.Array | None = None,
         mask: Any = None,
     ) -> jax.Array:
-        p = _probabilities(_scores(query, key), bias, mask)
+        p = _probabilities(_scores(self.of.as_read("q", query), self.of.as_read("k", key)), bias, mask)
         self.seen.update(q=query, k=key, p=p, v=value)
-        return _sums(p, value).astype(query.dtype)
+        return self.of.attention(query, key, value, implementation, bias=bias, mask=mask)
 
 
 @jax.tree_util.register_dataclass
@@ -174,6 +183,10 @@ class FakeQuantized:
         scores = _scores(q, k) * (self.scales["q"] * self.scales["k"])
         p = self._codes("p", _probabilities(scores, bias, mask))
         return (_sums(p, v) * (self.scales["p"] * self.scales["v"])).astype(query.dtype)
+
+    def as_read(self, name: str, x: jax.Array) -> jax.Array:
+        """What products make of an activation."""
+        return self._codes(name, x) * self.scales[name]
 
     def _codes(self, name: str, x: jax.Array) -> jax.Array:
         return qat.fake_codes(x, self.scales[name], codes_of(name, self.bits))

@@ -211,16 +211,19 @@ class ViT(nnx.Module):
             logits = (logits + self.distillation_head(hidden[:, 1])) / 2
         return logits.astype(jnp.float32)
 
-    def observed(self, images: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    def observed(
+        self, images: jax.Array, arithmetic: Pair = FLOATING
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """What products read (models/arithmetic.py), of blocks [L, ...] and of the ends."""
         graphdef, stacked = nnx.split(self.blocks)
-        ends = Observing({})
+        ends = Observing({}, arithmetic.ends)
 
-        def run_block(x: jax.Array, parameters: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
-            observing = Observing({})
+        def run_block(x: jax.Array, of_layer: tuple[nnx.State, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            parameters, own = of_layer
+            observing = Observing({}, own)
             return nnx.merge(graphdef, parameters)(x, observing), observing.seen
 
-        x, of_blocks = jax.lax.scan(run_block, self.embed(images, ends), stacked)
+        x, of_blocks = jax.lax.scan(run_block, self.embed(images, ends), (stacked, arithmetic.blocks))
         self.logits(self.final_norm(x), ends)
         return of_blocks, ends.seen
 

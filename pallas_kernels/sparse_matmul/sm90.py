@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sparse_matmul on Hopper: sparse products of the tensor cores, weights from memory to registers.
+"""sparse_matmul on Hopper: sparse products of the tensor cores, and dense ones of integers.
 
 A block goes from tile to tile of the output. Each of its warpgroups has one or two times 64 outputs; one more copies:
 
@@ -11,7 +11,7 @@ A block goes from tile to tile of the output. Each of its warpgroups has one or 
 A product of 64 outputs reads R rows of x out of shared memory at 128 bytes a clock, which takes as long as the tensor
 cores do. Weights are stored as threads hold them, so that none is moved on its way. They come by shared memory although
 each is read once: loads into registers keep lines of the L1 busy, of which slots leave little, and took a third of the
-time.
+time. Dense weights are read by products where they lie (operands.py).
 
 Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, section 3.
 """
