@@ -32,6 +32,8 @@ class Classifier:
             for layer in range(model.config.num_layers)
         ]
         self.arguments = (self._rest, layers, arithmetic.ends)
+        # A program within the program: layers are alike, and lowered once.
+        self._run_block = jax.jit(lambda layer, x: nnx.merge(self._block, layer[0])(x, layer[1]))
         self.program = jax.jit(self._classify)
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -42,6 +44,6 @@ class Classifier:
         rest, layers, ends = arguments
         model = nnx.merge(self._graphdef, rest)
         x = model.embed(images, ends)
-        for parameters, arithmetic in layers:
-            x = nnx.merge(self._block, parameters)(x, arithmetic)
+        for layer in layers:
+            x = self._run_block(layer, x)
         return model.logits(model.final_norm(x), ends)
