@@ -175,7 +175,7 @@ LIBRARY = [name for package in ("pallas_kernels", "benchmarks") for name in _mod
 # Of models/, the modules whose examples need no model from elsewhere.
 @pytest.mark.parametrize(
     "name",
-    [*LIBRARY, *(f"models.{name}" for name in ("decoder", "batcher", "paged_cache", "vit", "swin", "qat", "distill"))],
+    [*LIBRARY, *(f"models.{name}" for name in ("decoder", "batcher", "paged_cache", "vit", "qat", "distill"))],
 )
 def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)

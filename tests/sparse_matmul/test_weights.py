@@ -28,7 +28,7 @@ def random_weight(seed: int, K: int, N: int, dtype: str, bits=None) -> jax.Array
 kinds = st.sampled_from([("float32", None), ("bfloat16", None), ("float16", None), ("int8", None), ("int8", 4)])
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(st.integers(0, 99), st.integers(1, 40), st.integers(1, 140), kinds)
 def test_there_and_back(seed, groups, N, kind):
     dtype, bits = kind
