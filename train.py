@@ -533,7 +533,9 @@ def train_vit(argv: Sequence[str]) -> int:
             )
         run.save(values.out, overwrite=values.overwrite, stage=dataclasses.asdict(stage), start=values.start)
         summary: dict[str, Any] = {"accuracy": run.accuracy.tolist(), "seconds": run.seconds}
-        if stage.kind == "quantize":
+        if stage.kind == "dense":
+            summary["bytes"] = run.dense_nbytes
+        elif stage.kind == "quantize":
             nbytes = run.export(Path(values.out) / "export")
             summary |= {"bytes": nbytes, "ratio": run.dense_nbytes / nbytes}
             print(f"{nbytes:,} bytes in {values.out}/export, {summary['ratio']:.2f} times fewer than in float32")

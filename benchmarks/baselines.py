@@ -349,16 +349,9 @@ def torch_flash(arguments: Arguments, direction: str) -> list[Candidate]:
     flags = _flags(arguments)
     if flags not in ({}, {"is_causal": True}):
         raise Unavailable("masks causally with T = S, or not at all")
-    if device.current().platform != "gpu":
-        raise Unavailable("FlashAttention-2 needs an NVIDIA GPU")
-    with _importing():
-        import torch  # type: ignore[import-not-found]
-        from torch.nn import attention, functional  # type: ignore[import-not-found]
-    if not torch.cuda.is_available():
-        raise Unavailable("this PyTorch sees no GPU")
-
-    def borrowed(array: jax.Array) -> Any:
-        return torch.from_dlpack(jax.block_until_ready(array)).clone()
+    borrowed = _borrowing("FlashAttention-2")
+    import torch  # type: ignore[import-not-found]
+    from torch.nn import attention, functional  # type: ignore[import-not-found]
 
     query, key, value = inputs = [borrowed(arguments[name]) for name in ("query", "key", "value")]
     options = {"scale": arguments.get("scale"), "enable_gqa": query.shape[2] != key.shape[2], **flags}
@@ -401,16 +394,7 @@ def _packed_by_torch(arguments: Arguments, name: str) -> tuple[Any, Any, Any, In
     _decoded(arguments)
     if not isinstance(weight, IntWeight) or weight.bits != 4 or weight.group_size != 128:
         raise Unavailable(f"{name} is measured on int4 with groups of 128")
-    if device.current().platform != "gpu":
-        raise Unavailable(f"{name} needs an NVIDIA GPU")
-    with _importing():
-        import torch  # type: ignore[import-not-found]
-    if not torch.cuda.is_available():
-        raise Unavailable("this PyTorch sees no GPU")
-
-    def borrowed(array: jax.Array) -> Any:
-        return torch.from_dlpack(jax.block_until_ready(array)).clone()
-
+    borrowed = _borrowing(name)
     N = weight.shape[1]
     codes = (weight.integers() + 8).astype(jnp.uint8)[:N]
     return borrowed(arguments["x"]), borrowed(codes), borrowed(weight.scale[:, :N].T + 0), weight
@@ -464,30 +448,22 @@ def tinygemm(arguments: Arguments, direction: str) -> list[Candidate]:
     return [_rotated(lambda i: torch.ops.aten._weight_int4pack_mm(x, weights[i], 128, both), weight.nbytes)]
 
 
-def _of_torch(arguments: Arguments) -> tuple[Any, Any, Any, int]:
+def _of_torch(arguments: Arguments, name: str) -> tuple[Any, Any, Any, int]:
     """A call of sparse_matmul for PyTorch: x [M, K], the dense weight [N, K], float32 scales of outputs or None, and
     the bytes of the weight as it is stored."""
     if extra := [name for name in ("bias", "activation") if arguments.get(name) is not None]:
         raise Unavailable(f"is measured without {', '.join(extra)}")
-    if device.current().platform != "gpu":
-        raise Unavailable("needs an NVIDIA GPU")
-    with _importing():
-        import torch  # type: ignore[import-not-found]
+    borrowed = _borrowing(name)
     weight, scales = arguments["weight"], arguments.get("scales")
     x, w = arguments["x"], sparse_matmul_reference.dense(weight).T + 0
     if scales is not None and x.dtype != jnp.int8:
         raise Unavailable("takes x in int8")
-    scale = None if scales is None else scales[0] * scales[1]
-
-    def borrowed(array: jax.Array | None) -> Any:
-        return None if array is None else torch.from_dlpack(jax.block_until_ready(array)).clone()
-
-    return borrowed(x), borrowed(w), borrowed(scale), weight.nbytes
+    return borrowed(x), borrowed(w), None if scales is None else borrowed(scales[0] * scales[1]), weight.nbytes
 
 
 def cusparselt(arguments: Arguments, direction: str) -> list[Candidate]:
     """cuSPARSELt through PyTorch, with the algorithm that its search finds fastest; scales fused, as ours are."""
-    x, w, scale, nbytes = _of_torch(arguments)
+    x, w, scale, nbytes = _of_torch(arguments, "cuSPARSELt")
     import torch  # type: ignore[import-not-found]
 
     try:
@@ -504,7 +480,7 @@ def cusparselt(arguments: Arguments, direction: str) -> list[Candidate]:
 
 def torch_int8(arguments: Arguments, direction: str) -> list[Candidate]:
     """cuBLASLt's int8 product through PyTorch, `torch._int_mm`: timed without the scales, which it has not."""
-    x, w, scale, _ = _of_torch(arguments)
+    x, w, scale, _ = _of_torch(arguments, "torch._int_mm")
     import torch  # type: ignore[import-not-found]
 
     if scale is None:
@@ -519,6 +495,17 @@ def torch_int8(arguments: Arguments, direction: str) -> list[Candidate]:
         return [jnp.from_dlpack(out)]
 
     return [dataclasses.replace(product, outputs=outputs)]
+
+
+def _borrowing(name: str) -> Callable[[jax.Array], Any]:
+    """Makes tensors of PyTorch, on the GPU, of arrays; Unavailable where a library of that name cannot have them."""
+    if device.current().platform != "gpu":
+        raise Unavailable(f"{name} needs an NVIDIA GPU")
+    with _importing():
+        import torch  # type: ignore[import-not-found]
+    if not torch.cuda.is_available():
+        raise Unavailable("this PyTorch sees no GPU")
+    return lambda array: torch.from_dlpack(jax.block_until_ready(array)).clone()
 
 
 @contextlib.contextmanager

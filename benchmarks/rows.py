@@ -6,6 +6,8 @@ benchmarks/results/<device>_models.csv   whole models, one row a phase
 benchmarks/results/<device>_fastattention.csv   the claims of the FastAttention paper, one row a figure
 benchmarks/results/<device>_flat_gemm_sweep.csv   tiles of flat_gemm, one row a tile and size
 benchmarks/results/<device>_quantized_ablation.csv   loads and scales of quantized_matmul, one row a way and shape
+benchmarks/results/<device>_vit.csv      vision transformers, one row a model, batch and variant
+benchmarks/results/vit_compression.csv   what compressing them is worth, one row a variant
 """
 
 import csv
@@ -197,6 +199,70 @@ class AblationRow:
         return (self.shape, self.stages, self.scales_ahead)
 
 
+@dataclasses.dataclass(frozen=True)
+class VitRow:
+    """One measurement of a vision transformer.
+
+    Attributes:
+      model, batch, variant: what was measured: a preset, images of a call, in which numbers.
+      wall_us: microseconds from a call until the logits are there.
+      busy_us: of its kernels.
+      images_per_s: images of a call over the first of these.
+      error: largest difference from logits in float32, over the largest of these.
+      commit, jax, device, timing: as in Row; `timing` is that of busy_us.
+    """
+
+    model: str
+    batch: str
+    variant: str
+    wall_us: str
+    busy_us: str
+    images_per_s: str
+    error: str
+    commit: str
+    jax: str
+    device: str
+    timing: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes two rows measurements of the same thing."""
+        return (self.model, self.batch, self.variant)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionRow:
+    """What a way to compress a vision transformer came to, over several seeds.
+
+    Attributes:
+      variant: one of benchmarks/vit_compression.py.
+      accuracy, lowest, highest: mean share of test images, and those of the worst and the best seed.
+      bytes: of a model as it is stored; "" for what is not stored in fewer bits.
+      ratio: bytes of the dense model in float32 over these.
+      seconds: of training and testing all seeds.
+      commit, jax, device: as in Row.
+    """
+
+    variant: str
+    accuracy: str
+    lowest: str
+    highest: str
+    bytes: str
+    ratio: str
+    seconds: str
+    commit: str
+    jax: str
+    device: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes two rows measurements of the same thing."""
+        return (self.variant,)
+
+
+AnyRow = Row | ModelRow | PaperRow | SweepRow | AblationRow | VitRow | CompressionRow
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A figure with that many significant digits, never in exponent form; "" for None.
 
@@ -245,7 +311,7 @@ def environment() -> dict[str, str]:
     return {"commit": commit(), "jax": jax.__version__, "device": device_lib.current().kind}
 
 
-def append[R: (Row, ModelRow, PaperRow, SweepRow, AblationRow)](file: Path, rows: Sequence[R]) -> None:
+def append[R: AnyRow](file: Path, rows: Sequence[R]) -> None:
     """Adds rows to a CSV file, which is made with its header if it is not there.
 
     Raises:
@@ -267,7 +333,7 @@ def append[R: (Row, ModelRow, PaperRow, SweepRow, AblationRow)](file: Path, rows
         writer.writerows(dataclasses.asdict(row) for row in rows)
 
 
-def read[R: (Row, ModelRow, PaperRow, SweepRow, AblationRow)](file: Path, kind: type[R]) -> list[R]:
+def read[R: AnyRow](file: Path, kind: type[R]) -> list[R]:
     """The newest row of each measurement, in the order in which they were first measured.
 
     Raises:
@@ -280,6 +346,6 @@ def read[R: (Row, ModelRow, PaperRow, SweepRow, AblationRow)](file: Path, kind: 
             raise ValueError(f"{file}: does not hold rows of {kind.__name__}: {error}") from error
 
 
-def newest[R: (Row, ModelRow, PaperRow, SweepRow, AblationRow)](rows: Iterable[R]) -> list[R]:
+def newest[R: AnyRow](rows: Iterable[R]) -> list[R]:
     """Drops every row that a later one replaces."""
     return list({row.key: row for row in rows}.values())

@@ -13,7 +13,7 @@ MNIST's 5000 images, of which 1000 are for testing; of the others few have a lab
 
 import argparse
 import contextlib
-import csv
+import dataclasses
 import fnmatch
 import io
 import json
@@ -22,18 +22,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 
 import train
 from benchmarks import rows
-from models.vit_stages import Run
+from benchmarks.rows import CompressionRow, number
 
 RESULTS = rows.RESULTS / "vit_compression.csv"
 PICTURE = rows.RESULTS / "vit_compression.png"
-COLUMNS = ("variant", "accuracy", "lowest", "highest", "bytes", "ratio", "seconds", "jax", "device")
-
 _NO_DISTILLATION = ("--soft=0", "--feature=0")
 _PRUNE, _QUANTIZE = ("--stage=prune", "--learning_rate=0.0005"), ("--stage=quantize", "--learning_rate=0.0001")
 
@@ -52,7 +49,7 @@ def _quantized(bits: int, pattern: str) -> dict[str, tuple[str | None, tuple[str
         f"{name}_uniform": (pruned, (*common, "--layers=uniform")),
         f"{name}_inverse": (pruned, (*common, "--layers=inverse")),
         f"{name}_dense_teacher": (pruned, (*common, "--teacher=dense")),
-        f"{name}_unsupervised": (f"unsupervised_{pattern}", (*common, "--hard=0")),
+        f"{name}_unsupervised": (f"{pruned}_without_hard", (*common, "--hard=0")),
         f"{name}_not_pruned": ("dense", common),
     }
 
@@ -66,7 +63,6 @@ def _pruned(pattern: str) -> dict[str, tuple[str | None, tuple[str, ...]]]:
         f"distilled_{pattern}_without_hard": ("dense", (*flags, "--hard=0")),
         f"distilled_{pattern}_without_soft": ("dense", (*flags, "--soft=0")),
         f"distilled_{pattern}_without_feature": ("dense", (*flags, "--feature=0")),
-        f"unsupervised_{pattern}": ("dense", (*flags, "--hard=0")),
     }
 
 
@@ -88,10 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.plot:
             plot(found, PICTURE)
         return 0
-    done = {row["variant"] for row in _rows(options.out)}
-    wanted = [name for name in VARIANTS if fnmatch.fnmatch(name, options.only) and name not in done]
-    for name in wanted:
-        if not _run(name, options):
+    for name in (name for name in VARIANTS if fnmatch.fnmatch(name, options.only)):
+        if name not in {row.variant for row in _rows(options.out)} and not _run(name, options):
             return 1
     return 0
 
@@ -99,16 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, options: argparse.Namespace) -> bool:
     """Trains a variant, and before it what it starts from; False if train.py failed."""
     start, flags = VARIANTS[name]
-    folder = options.runs / name
-    if (folder / "run.json").is_file() and (start is None or name in {row["variant"] for row in _rows(options.out)}):
-        return True
     if start is not None and not (options.runs / start / "run.json").is_file() and not _run(start, options):
         return False
-    steps = [] if any(flag.startswith("--steps=") for flag in flags) else [f"--steps={options.steps}"]
-    if start is None:
-        steps = [f"--steps={options.dense_steps}"]
-    command = ["train.py", "--task=vit", *flags, *steps, f"--seeds={options.seeds}", f"--out={folder}", "--overwrite"]
-    command += [f"--preset={options.preset}", f"--labels_per_class={options.labels_per_class}"]
+    command = ["train.py", "--task=vit", f"--preset={options.preset}", f"--labels_per_class={options.labels_per_class}"]
+    command += [f"--seeds={options.seeds}", f"--out={options.runs / name}", "--overwrite"]
+    # Of the same flag the last counts: some variants have no steps.
+    command += [f"--steps={options.dense_steps if start is None else options.steps}", *flags]
     command += [] if start is None else [f"--start={options.runs / start}"]
     print("python", *command, flush=True)
     printed = io.StringIO()
@@ -116,62 +106,54 @@ def _run(name: str, options: argparse.Namespace) -> bool:
         failed = train.main(command)
     if failed:
         return False
-    summary = json.loads(printed.getvalue().splitlines()[-1])
-    _append(options.out, name, summary, Run.load(folder))
+    row = _row(name, json.loads(printed.getvalue().splitlines()[-1]))
+    print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(row).items()), flush=True)
+    rows.append(options.out, [row])
     return True
 
 
-def _append(out: Path, name: str, summary: dict[str, Any], run: Run) -> None:
+def _row(name: str, summary: dict[str, Any]) -> CompressionRow:
     accuracy = np.asarray(summary["accuracy"])
-    row = {
-        "variant": name,
-        "accuracy": f"{accuracy.mean():.4f}",
-        "lowest": f"{accuracy.min():.4f}",
-        "highest": f"{accuracy.max():.4f}",
-        "bytes": summary.get("bytes", run.dense_nbytes if run.pattern is None else ""),
-        "ratio": f"{summary['ratio']:.2f}" if "ratio" in summary else "",
-        "seconds": f"{summary['seconds']:.1f}",
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-    }
-    print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = not out.is_file()
-    with out.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow([row[name] for name in COLUMNS])
+    return CompressionRow(
+        variant=name,
+        accuracy=f"{accuracy.mean():.4f}",
+        lowest=f"{accuracy.min():.4f}",
+        highest=f"{accuracy.max():.4f}",
+        bytes=str(summary.get("bytes", "")),
+        ratio=number(summary.get("ratio"), 3),
+        seconds=number(summary["seconds"], 3),
+        **rows.environment(),
+    )
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(file.read_text().splitlines())) if file.is_file() else []
+def _rows(file: Path) -> list[CompressionRow]:
+    return rows.read(file, CompressionRow) if file.is_file() else []
 
 
-def table(found: list[dict[str, str]]) -> str:
+def table(found: list[CompressionRow]) -> str:
     """Markdown: accuracy of the mean seed, its spread, and bytes."""
-    dense = next((float(row["accuracy"]) for row in found if row["variant"] == "dense"), float("nan"))
+    dense = next((float(row.accuracy) for row in found if row.variant == "dense"), float("nan"))
     lines = ["| variant | accuracy | of the seeds | against dense | bytes | times fewer |", "|---|---|---|---|---|---|"]
     order = {name: i for i, name in enumerate(VARIANTS)}
-    for row in sorted(found, key=lambda row: order.get(row["variant"], len(order))):
-        accuracy = float(row["accuracy"])
-        spread = f"{float(row['lowest']):.1%} to {float(row['highest']):.1%}"
-        nbytes = f"{int(row['bytes']):,}" if row["bytes"] else ""
-        cells = (row["variant"], f"{accuracy:.1%}", spread, f"{100 * (accuracy - dense):+.1f}", nbytes, row["ratio"])
+    for row in sorted(found, key=lambda row: order.get(row.variant, len(order))):
+        accuracy = float(row.accuracy)
+        spread = f"{float(row.lowest):.1%} to {float(row.highest):.1%}"
+        nbytes = f"{int(row.bytes):,}" if row.bytes else ""
+        cells = (row.variant, f"{accuracy:.1%}", spread, f"{100 * (accuracy - dense):+.1f}", nbytes, row.ratio)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(found: list[dict[str, str]], file: Path) -> None:
+def plot(found: list[CompressionRow], file: Path) -> None:
     """Accuracy against bytes of all that have them."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for row in found:
-        if row["bytes"]:
-            low, middle, high = (100 * float(row[name]) for name in ("lowest", "accuracy", "highest"))
-            size = int(row["bytes"]) / 1e6
+        if row.bytes:
+            low, middle, high = (100 * float(getattr(row, name)) for name in ("lowest", "accuracy", "highest"))
+            size = int(row.bytes) / 1e6
             axes.errorbar(size, middle, [[middle - low], [high - middle]], fmt="o", capsize=3)
-            axes.annotate(row["variant"], (size, middle), textcoords="offset points", xytext=(5, 3), fontsize=6)
+            axes.annotate(row.variant, (size, middle), textcoords="offset points", xytext=(5, 3), fontsize=6)
     axes.set(xscale="log", xlabel="megabytes", ylabel="accuracy, %", title="ViT on MNIST 5k, few labels")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

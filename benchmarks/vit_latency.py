@@ -10,9 +10,8 @@ to benchmarks/results/<device>_vit.csv. On a GPU float32 products are TF32.
 """
 
 import argparse
-import csv
+import dataclasses
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,12 +21,12 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import rows, timing
+from benchmarks.rows import VitRow, number
 from models.arithmetic import FLOATING, Pair
 from models.vit import VIT_PRESETS, ViT, ViTConfig
 from models.vit_compress import apply_masks, calibrated, integers, pruning_masks, sparse
 from models.vit_inference import Classifier
 
-COLUMNS = ("model", "batch", "variant", "wall_us", "busy_us", "images_per_s", "error", "jax", "device", "timing")
 VARIANTS = ("float32", "bfloat16", "bfloat16_2_4", "int8", "int8_2_4")
 CALIBRATION = 4  # images
 
@@ -37,11 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = options.out or rows.RESULTS / f"{rows.device_name()}_vit.csv"
     for name in options.models:
         prepared = Prepared(VIT_PRESETS[name])
-        for batch in options.batches:
-            for variant in options.variants:
-                row = {"model": name, "batch": batch, "variant": variant} | measure(prepared, variant, batch)
-                print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-                _append(out, row)
+        for variant in options.variants:
+            classifier = prepared.classifier(variant)
+            for batch in options.batches:
+                row = VitRow(model=name, variant=variant, **measure(prepared, classifier, batch))
+                print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(row).items()), flush=True)
+                rows.append(out, [row])
     return 0
 
 
@@ -79,48 +79,22 @@ class Prepared:
         return integers(self.params, fake, "2:4" if variant == "int8_2_4" else None, floating_attention=True)
 
 
-def measure(prepared: Prepared, variant: str, batch: int) -> dict[str, object]:
-    """Medians of the variant, and its largest error over the largest logit."""
-    classifier = prepared.classifier(variant)
+def measure(prepared: Prepared, classifier: Classifier, batch: int) -> dict[str, str]:
+    """Medians of a classifier, and its largest error over the largest logit: the other fields of a row."""
     error = np.abs(np.asarray(classifier(prepared.images)) - prepared.expected).max() / np.abs(prepared.expected).max()
     images = jnp.asarray(np.resize(prepared.images, (batch, *prepared.images.shape[1:])))
     arguments = (classifier.arguments, images)
-    wall = _wall(lambda: classifier.program(*arguments))
+    wall = timing.measure(classifier.program, arguments, method="wall")
     busy = timing.measure(classifier.program, arguments)
     return {
-        "wall_us": number(1e6 * wall),
+        "batch": str(batch),
+        "wall_us": number(1e6 * wall.median),
         "busy_us": number(1e6 * busy.median),
-        "images_per_s": number(batch / wall),
+        "images_per_s": number(batch / wall.median),
         "error": f"{error:.4f}",
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
         "timing": busy.method,
+        **rows.environment(),
     }
-
-
-def number(x: float) -> str:
-    return f"{x:.4g}"
-
-
-def _wall(run: Callable[[], jax.Array], budget: float = 1.0) -> float:
-    """Median seconds of a call, its results awaited."""
-    jax.block_until_ready(run())
-    seconds: list[float] = []
-    while len(seconds) < 5 or (sum(seconds) < budget and len(seconds) < 500):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
-
-
-def _append(out: Path, row: dict[str, object]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = not out.is_file()
-    with out.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow([row[name] for name in COLUMNS])
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
