@@ -23,8 +23,9 @@ from flax import nnx
 from benchmarks import rows, timing
 from benchmarks.rows import VitRow, number
 from models.arithmetic import FLOATING, Pair
+from models.qat import apply_masks
 from models.vit import VIT_PRESETS, ViT, ViTConfig
-from models.vit_compress import apply_masks, calibrated, integers, pruning_masks, sparse
+from models.vit_compress import calibrated, integers, pruning_masks, sparse
 from models.vit_inference import Classifier
 
 VARIANTS = ("float32", "bfloat16", "bfloat16_2_4", "int8", "int8_2_4")

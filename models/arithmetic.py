@@ -43,7 +43,6 @@ INPUTS = {
     "patches": "patches",
     "head": "head",
 }
-ATTENTION = ("q", "k", "p", "v")
 
 
 class Arithmetic(Protocol):
@@ -149,10 +148,9 @@ class Observing:
         return self.of.attention(query, key, value, implementation, bias=bias, mask=mask)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FakeQuantized:
-    """Rounds what products read, and gradients pass.
+class _Rounded:
+    """What both of the following share: attention of codes, which they make as `_codes` says.
 
     Attributes:
       scales: float32 of activations, by what is read; of blocks [L].
@@ -161,13 +159,6 @@ class FakeQuantized:
 
     scales: Mapping[str, jax.Array]
     bits: int = dataclasses.field(metadata={"static": True})
-
-    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
-        codes, kernel = Codes(self.bits), layer.kernel[...].astype(jnp.float32)
-        scale = jax.lax.stop_gradient(qat.weight_scale(kernel, codes))
-        sums = self._codes(INPUTS[name], x) @ qat.fake_codes(kernel, scale, codes)
-        y = sums * (self.scales[INPUTS[name]] * scale[0]) + _bias(layer).astype(jnp.float32)
-        return y.astype(layer.dtype)
 
     def attention(
         self,
@@ -183,6 +174,22 @@ class FakeQuantized:
         scores = _scores(q, k) * (self.scales["q"] * self.scales["k"])
         p = self._codes("p", _probabilities(scores, bias, mask))
         return (_sums(p, v) * (self.scales["p"] * self.scales["v"])).astype(query.dtype)
+
+    def _codes(self, name: str, x: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FakeQuantized(_Rounded):
+    """Rounds what products read, and gradients pass."""
+
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+        codes, kernel = Codes(self.bits), layer.kernel[...].astype(jnp.float32)
+        scale = jax.lax.stop_gradient(qat.weight_scale(kernel, codes))
+        sums = self._codes(INPUTS[name], x) @ qat.fake_codes(kernel, scale, codes)
+        y = sums * (self.scales[INPUTS[name]] * scale[0]) + _bias(layer).astype(jnp.float32)
+        return y.astype(layer.dtype)
 
     def as_read(self, name: str, x: jax.Array) -> jax.Array:
         """What products make of an activation."""
@@ -194,23 +201,19 @@ class FakeQuantized:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Integers:
+class Integers(_Rounded):
     """Computes as `FakeQuantized` does, from stored integers: kernels of layers are not looked at.
 
     Attributes:
-      scales: float32 of activations, by what is read; of blocks [L].
       weights: by the layer's name: Sparse24Weight, or dense int8 [N, K], which products read along K; of blocks with a
         leading axis L.
       weight_scales: float32 [N], or [L, N].
-      bits: of weights and activations.
       floating_attention: attention is computed by flash_attention, in the type of the layers, and is not rounded: not
         what training saw, and faster.
     """
 
-    scales: Mapping[str, jax.Array]
     weights: Mapping[str, Sparse24Weight | jax.Array]
     weight_scales: Mapping[str, jax.Array]
-    bits: int = dataclasses.field(metadata={"static": True})
     floating_attention: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
@@ -221,21 +224,10 @@ class Integers:
         return sparse_matmul(self._codes(INPUTS[name], x), weight, **options)
 
     def attention(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        implementation: Any,
-        *,
-        bias: jax.Array | None = None,
-        mask: Any = None,
+        self, query: jax.Array, key: jax.Array, value: jax.Array, implementation: Any, **options: Any
     ) -> jax.Array:
-        if self.floating_attention:
-            return flash_attention(query, key, value, bias=bias, mask=mask, implementation=implementation)
-        q, k, v = (self._codes(name, x) for name, x in zip("qkv", (query, key, value), strict=True))
-        scores = _scores(q, k) * (self.scales["q"] * self.scales["k"])
-        p = self._codes("p", _probabilities(scores, bias, mask))
-        return (_sums(p, v) * (self.scales["p"] * self.scales["v"])).astype(query.dtype)
+        of: Any = Floating if self.floating_attention else _Rounded
+        return of.attention(self, query, key, value, implementation, **options)
 
     def _codes(self, name: str, x: jax.Array) -> jax.Array:
         return qat.quantize(x, self.scales[name], codes_of(name, self.bits)).astype(jnp.int8)

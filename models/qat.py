@@ -181,25 +181,34 @@ class Range:
 # --- Masks ----------------------------------------------------------------------------------------------------
 
 
+def apply_masks(tree: Any, masks: Any) -> Any:
+    """The tree, 0 where a mask is False.
+
+    Args:
+      tree: a pytree of arrays.
+      masks: one like it: bool arrays, or None where all is kept.
+    """
+
+    def apply(mask: Any, x: jax.Array) -> jax.Array:
+        return x if mask is None else jnp.where(mask, x, 0)
+
+    return jax.tree.map(apply, masks, tree, is_leaf=lambda x: x is None)
+
+
 def masked(optimizer: optax.GradientTransformation, masks: Any) -> optax.GradientTransformation:
     """An optimizer under which what a mask leaves out is 0 and stays 0, whatever momentum and weight decay do.
 
     Args:
       optimizer: any of optax.
-      masks: a pytree like the parameters: bool arrays, or None where all is kept.
+      masks: as of `apply_masks`, a pytree like the parameters.
     """
-
-    def apply(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda mask, x: x if mask is None else jnp.where(mask, x, 0), masks, tree, is_leaf=lambda x: x is None
-        )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("masked: update needs the parameters")
-        updates, state = optimizer.update(apply(updates), state, params)
+        updates, state = optimizer.update(apply_masks(updates, masks), state, params)
         # Not only the update: a parameter that was not 0 before becomes 0.
-        after = apply(optax.apply_updates(params, updates))
+        after = apply_masks(optax.apply_updates(params, updates), masks)
         return jax.tree.map(lambda new, old: new - old, after, params), state
 
     return optax.GradientTransformation(optimizer.init, update)

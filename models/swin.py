@@ -30,6 +30,7 @@ from models.arithmetic import FLOATING, Arithmetic, Pair
 from models.checkpoint import SafetensorsFolder, check_tensors
 from models.hf_config import CheckpointError
 from models.tokenizer import read_json
+from models.vit import cut_patches
 from pallas_kernels import masks
 
 
@@ -223,11 +224,7 @@ class Swin(nnx.Module):
 
     def embed(self, images: jax.Array, arithmetic: Arithmetic = FLOATING.ends) -> jax.Array:
         """[B, I, I, C], normalized as the model wants them -> [B, S, S, D]."""
-        I, P, C = self.config.image_size, self.config.patch_size, self.config.channels
-        if images.ndim != 4 or images.shape[1:] != (I, I, C):
-            raise ValueError(f"Swin: images must be [B, {I}, {I}, {C}], got {list(images.shape)}; resize them")
-        B, S = len(images), I // P
-        cut = images.reshape(B, S, P, S, P, C).swapaxes(2, 3).reshape(B, S, S, -1)
+        cut = cut_patches(images, self.config)
         return self.patch_norm(arithmetic.linear("patches", self.patches, cut.astype(self.dtype)))
 
     def features(self, images: jax.Array, arithmetic: Pair = FLOATING) -> tuple[jax.Array, list[jax.Array]]:

@@ -137,6 +137,16 @@ class ViTBlock(nnx.Module):
         return x + arithmetic.linear("down", self.down, h)
 
 
+def cut_patches(images: jax.Array, config: Any) -> jax.Array:
+    """[B, I / P, I / P, P P C] of images [B, I, I, C], as a configuration says; ValueError if they are others."""
+    I, P, C = config.image_size, config.patch_size, config.channels
+    if images.ndim != 4 or images.shape[1:] != (I, I, C):
+        name = type(config).__name__.removesuffix("Config")
+        raise ValueError(f"{name}: images must be [B, {I}, {I}, {C}], got {list(images.shape)}; resize them")
+    B, side = len(images), I // P
+    return images.reshape(B, side, P, side, P, C).swapaxes(2, 3).reshape(B, side, side, -1)
+
+
 class ViT(nnx.Module):
     """An image classifier.
 
@@ -184,11 +194,8 @@ class ViT(nnx.Module):
 
     def embed(self, images: jax.Array, arithmetic: Arithmetic = FLOATING.ends) -> jax.Array:
         """[B, I, I, C], normalized as the model wants them -> [B, T, D]."""
-        I, P, C = self.config.image_size, self.config.patch_size, self.config.channels
-        if images.ndim != 4 or images.shape[1:] != (I, I, C):
-            raise ValueError(f"ViT: images must be [B, {I}, {I}, {C}], got {list(images.shape)}; resize them")
-        B, side = len(images), I // P
-        cut = images.reshape(B, side, P, side, P, C).swapaxes(2, 3).reshape(B, side**2, -1)
+        B = len(images)
+        cut = cut_patches(images, self.config).reshape(B, self.config.num_tokens - self.config.extra_tokens, -1)
         extra = [token[...] for token in (self.class_token, self.distillation_token) if token is not None]
         extra = [jnp.broadcast_to(token, (B, *token.shape[1:])).astype(self.dtype) for token in extra]
         x = jnp.concatenate([*extra, arithmetic.linear("patches", self.patches, cut.astype(self.dtype))], axis=1)

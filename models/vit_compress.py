@@ -51,22 +51,21 @@ def pruning_masks(params: Params, pattern: Pattern) -> Any:
     """
     if pattern not in _PRUNE:
         raise ValueError(f'pruning_masks: pattern must be "2:4" or "4:8", got {pattern!r}')
-    masks = jax.tree.map(lambda _: None, params)
+    pruned = jax.tree.map(lambda x: x, params)
     for name in PRUNED:
         kernel = params["blocks"][name]["kernel"]
         if kernel.shape[-2] % _MULTIPLES[pattern]:
             raise ValueError(f"pruning_masks: {name} has {kernel.shape[-2]} inputs, no multiple of {pattern[-1]}")
-        masks["blocks"][name]["kernel"] = _PRUNE[pattern](kernel, axis=kernel.ndim - 2) != 0
+        pruned["blocks"][name]["kernel"] = _PRUNE[pattern](kernel, axis=kernel.ndim - 2)
+    return masks_of(pruned)
+
+
+def masks_of(params: Params) -> Any:
+    """As `pruning_masks`, of parameters that were pruned: what is not 0."""
+    masks = jax.tree.map(lambda _: None, params)
+    for name in PRUNED:
+        masks["blocks"][name]["kernel"] = params["blocks"][name]["kernel"] != 0
     return masks
-
-
-def apply_masks(params: Params, masks: Any) -> Any:
-    """The parameters, 0 where a mask is False."""
-
-    def apply(mask: Any, x: jax.Array) -> jax.Array:
-        return x if mask is None else jnp.where(mask, x, 0)
-
-    return jax.tree.map(apply, masks, params, is_leaf=lambda x: x is None)
 
 
 def calibrated(
@@ -137,7 +136,7 @@ def _integers(kernel: jax.Array, bits: int, pattern: Pattern | None) -> tuple[An
 
 def _arithmetic(fake: FakeQuantized, made: Mapping[str, tuple[Any, jax.Array]]) -> Integers:
     weights, scales = ({name: pair[i] for name, pair in made.items()} for i in range(2))
-    return Integers(fake.scales, weights, scales, fake.bits)
+    return Integers(scales=fake.scales, bits=fake.bits, weights=weights, weight_scales=scales)
 
 
 # --- Files ----------------------------------------------------------------------------------------------------
@@ -153,7 +152,7 @@ def save_compressed_vit(folder: str | Path, config: ViTConfig, params: Params, e
     """
     folder = Path(folder)
     check_free(folder, overwrite=False)
-    tensors = {name: np.asarray(x) for name, x in _flat(params) if name not in _kernels(exact)}
+    tensors = {name: np.asarray(x) for name, x in flat_names(params) if name not in _kernels(exact)}
     kinds: dict[str, Any] = {}
     for part, arithmetic in (("blocks", exact.blocks), ("ends", exact.ends)):
         for name, scale in arithmetic.scales.items():
@@ -207,7 +206,7 @@ def load_compressed_vit(folder: str | Path, *, dtype: DTypeLike = jnp.float32) -
         name: jnp.zeros((config.num_layers, 0, 0) if name.startswith("blocks") else (0, 0), dtype)
         if name in kernels
         else jnp.asarray(tensors[name], dtype)
-        for name, _ in _flat(params)
+        for name, _ in flat_names(params)
     }
     nnx.replace_by_pure_dict(state, _nested(filled, params))
     return nnx.merge(graphdef, state), exact
@@ -228,7 +227,7 @@ def _read(tensors: Mapping[str, Any], part: str, values: Mapping[str, Any], bits
                 jax.tree.map(lambda x, layer=layer: x[layer], weights[name]).check_metadata()
         else:
             weights[name] = jnp.asarray(tensors[f"{own}.dense"])
-    return Integers(scales, weights, weight_scales, bits)
+    return Integers(scales=scales, bits=bits, weights=weights, weight_scales=weight_scales)
 
 
 def _kernels(exact: Pair) -> set[str]:
@@ -238,7 +237,8 @@ def _kernels(exact: Pair) -> set[str]:
     }
 
 
-def _flat(params: Params) -> list[tuple[str, Any]]:
+def flat_names(params: Params) -> list[tuple[str, Any]]:
+    """Arrays of a nested dict, and their names, joined by dots."""
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     return [(".".join(str(part.key) for part in path), x) for path, x in paths]
 

@@ -26,12 +26,13 @@ class Classifier:
 
     def __init__(self, model: ViT, arithmetic: Pair = FLOATING):
         self._block, stacked = nnx.split(model.blocks)
-        self._graphdef, self._rest = nnx.split(model)
+        self._graphdef, rest = nnx.split(model)
+        rest["blocks"] = jax.tree.map(lambda x: x[:0], stacked)  # those of `layers`; nothing is held twice
         layers = [
             jax.tree.map(lambda x, layer=layer: x[layer], (stacked, arithmetic.blocks))
             for layer in range(model.config.num_layers)
         ]
-        self.arguments = (self._rest, layers, arithmetic.ends)
+        self.arguments = (rest, layers, arithmetic.ends)
         # A program within the program: layers are alike, and lowered once.
         self._run_block = jax.jit(lambda layer, x: nnx.merge(self._block, layer[0])(x, layer[1]))
         self.program = jax.jit(self._classify)

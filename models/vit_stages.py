@@ -38,7 +38,7 @@ from models.qat import Observer
 from models.tokenizer import read_json, write_json
 from models.training import make_schedule
 from models.vit import ViT, ViTConfig
-from models.vit_compress import Pattern, apply_masks, calibrated, integers, pruning_masks, save_compressed_vit
+from models.vit_compress import Pattern, calibrated, flat_names, integers, masks_of, pruning_masks, save_compressed_vit
 
 Kind = Literal["dense", "prune", "quantize"]
 CALIBRATION, TESTED = 256, 500  # images at a time
@@ -145,11 +145,7 @@ class Run:
         if self.scales is not None:
             trees |= {"blocks": self.scales[0], "ends": self.scales[1]}
         with whole_folder(folder) as new:
-            tensors = {
-                f"{name}.{'.'.join(str(part.key) for part in path)}": np.asarray(x)
-                for name, tree in trees.items()
-                for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
-            }
+            tensors = {f"{tree}.{name}": np.asarray(x) for tree in trees for name, x in flat_names(trees[tree])}
             safetensors.numpy.save_file(tensors, new / _FILE)
             values = {
                 "version": _VERSION,
@@ -229,15 +225,10 @@ def train(
     masks: Any = jax.tree.map(lambda _: None, params)
     if stage.kind == "prune":
         masks, pattern = pruning_masks(params, stage.pattern), stage.pattern
-        params = apply_masks(params, masks)
+        params = qat.apply_masks(params, masks)
     elif pattern is not None:
         # The pattern of stage 1: what it left out is 0.
-        masks = jax.tree.map(
-            lambda mask, x: None if mask is None else x != 0,
-            pruning_masks(params, pattern),
-            params,
-            is_leaf=lambda x: x is None,
-        )
+        masks = masks_of(params)
     run = Run(config, params, dense, np.zeros(stage.seeds), pattern=pattern)
     if isinstance(start, Run):
         run = dataclasses.replace(run, layer_losses=start.layer_losses)

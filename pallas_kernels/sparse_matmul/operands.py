@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.sparse_matmul import ptx
+from pallas_kernels.sparse_matmul.config import TILE
 from pallas_kernels.sparse_matmul.weights import Sparse24Weight
 
 Ref = Any
-TILE = ptx.TILE
 
 
 class Sparse:

@@ -27,10 +27,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 from pallas_kernels.core.inline import Ref, Value, array, constant, i32, inline, result, tiled, words_of
+from pallas_kernels.sparse_matmul.config import TILE
 
 SUMS: Any = plgpu.Layout._WGMMA_ACC_32BIT
 VALUES = tiled(((128, 8), (32, 8), (1, 8)), (-6,), (-4,))
-TILE = 64  # outputs of a product
 PRODUCTS = 2  # of a step
 _ROW = 128  # bytes of x in a step, those of a swizzled row
 _SHAPES = {"bfloat16": "k32.f32.bf16.bf16", "float16": "k32.f32.f16.f16", "int8": "k64.s32.s8.s8"}

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from models import distill, vit_compress, vit_stages
+from models import distill, qat, vit_compress, vit_stages
 from models.arithmetic import FLOATING
 from models.checkpoint import CheckpointError
 from models.images import Images
@@ -167,7 +167,7 @@ def test_bad_stages_are_named(stage, start, message):
 def test_bad_files_are_named(tmp_path):
     params, config = first(dense_run().params), CONFIG
     pixels = random_images(2, 4).pixels / np.float32(127.5) - 1
-    masked = vit_stages.apply_masks(params, pruning_masks(params, "2:4"))
+    masked = qat.apply_masks(params, pruning_masks(params, "2:4"))
     exact = integers(masked, calibrated(GRAPHDEF, masked, pixels, bits=8), "2:4")
     save_compressed_vit(tmp_path / "vit", config, masked, exact)
     with pytest.raises(CheckpointError, match="not empty"):
