@@ -167,6 +167,8 @@ def parse_flags(argv: Sequence[str]) -> Settings | None:
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; flags are written --name=value")
     chosen: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Settings)}
+    if values["task"].value != "language":
+        raise ValueError("--task=vit is one word, with its equals sign: it has flags of its own")
     if chosen["preset"] and chosen["checkpoint"]:
         raise ValueError("--preset trains from scratch and --checkpoint fine-tunes; pass one of them")
     if not chosen["checkpoint"]:

@@ -377,6 +377,11 @@ def test_a_vision_transformer_by_stages(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_a_task_in_two_words_trains_no_language_model(tmp_path, capsys):
+    assert train.main(["train.py", "--task", "vit", f"--out={tmp_path / 'run'}"]) == 2
+    assert "--task=vit is one word" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
