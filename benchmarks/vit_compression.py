@@ -5,27 +5,28 @@
     python -m benchmarks.vit_compression --only='int4*'      some of them, and what they start from
     python -m benchmarks.vit_compression --table --plot      the README's table and picture of the rows
 
-Each variant is a command of train.py, printed as it runs; its folder stays in --runs, so that a run that was stopped
-goes on with the next variant. Rows go to benchmarks/results/vit_compression.csv.
+Each variant is a command of train.py, printed when it is done; its folder stays in --runs, so that a run that was
+stopped goes on with the next variant. Several run at a time (--jobs), as each leaves the device waiting for images.
+Rows go to benchmarks/results/vit_compression.csv.
 
 MNIST's 5000 images, of which 1000 are for testing; of the others few have a label, so that there is something to lose.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import fnmatch
-import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-import train
 from benchmarks import rows
 from benchmarks.rows import CompressionRow, number
 
@@ -84,32 +85,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.plot:
             plot(found, PICTURE)
         return 0
-    for name in (name for name in VARIANTS if fnmatch.fnmatch(name, options.only)):
-        if name not in {row.variant for row in _rows(options.out)} and not _run(name, options):
-            return 1
-    return 0
+    # Processes that share a device take of its memory what they need.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    done = {row.variant for row in _rows(options.out)}
+    chosen = {name for name in VARIANTS if fnmatch.fnmatch(name, options.only) and name not in done}
+    for name in list(chosen):
+        chosen.update(start for start in _starts(name) if not (options.runs / start / "run.json").is_file())
+    # A variant waits in its thread for the one it starts from, which began before it.
+    running: dict[str, Future[CompressionRow | None]] = {}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for name in sorted(chosen, key=lambda name: (len(_starts(name)), list(VARIANTS).index(name))):
+            running[name] = pool.submit(_run, name, running.get(VARIANTS[name][0] or ""), options)
+        for future in as_completed(running.values()):
+            if row := future.result():
+                print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(row).items()), flush=True)
+                rows.append(options.out, [row])
+    return 0 if all(future.result() for future in running.values()) else 1
 
 
-def _run(name: str, options: argparse.Namespace) -> bool:
-    """Trains a variant, and before it what it starts from; False if train.py failed."""
+def _starts(name: str) -> list[str]:
+    """What a variant starts from, and what that starts from."""
+    start = VARIANTS[name][0]
+    return [] if start is None else [start, *_starts(start)]
+
+
+def _run(name: str, before: Future[CompressionRow | None] | None, options: argparse.Namespace) -> CompressionRow | None:
+    """Trains a variant once what it starts from is there; None if train.py failed."""
+    if before is not None and before.result() is None:
+        return None
     start, flags = VARIANTS[name]
-    if start is not None and not (options.runs / start / "run.json").is_file() and not _run(start, options):
-        return False
     command = ["train.py", "--task=vit", f"--preset={options.preset}", f"--labels_per_class={options.labels_per_class}"]
     command += [f"--seeds={options.seeds}", f"--out={options.runs / name}", "--overwrite"]
     # Of the same flag the last counts: some variants have no steps.
     command += [f"--steps={options.dense_steps if start is None else options.steps}", *flags]
     command += [] if start is None else [f"--start={options.runs / start}"]
+    ran = subprocess.run([sys.executable, *command], cwd=rows.ROOT, capture_output=True, text=True)
     print("python", *command, flush=True)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        failed = train.main(command)
-    if failed:
-        return False
-    row = _row(name, json.loads(printed.getvalue().splitlines()[-1]))
-    print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(row).items()), flush=True)
-    rows.append(options.out, [row])
-    return True
+    if ran.returncode:
+        print(ran.stderr[-2000:], file=sys.stderr, flush=True)
+        return None
+    return _row(name, json.loads(ran.stdout.splitlines()[-1]))
 
 
 def _row(name: str, summary: dict[str, Any]) -> CompressionRow:
@@ -162,8 +177,10 @@ def plot(found: list[CompressionRow], file: Path) -> None:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="*", help="variants, with wildcards")
-    parser.add_argument("--runs", type=Path, default=Path("runs/vit_compression"), help="folder of their runs")
+    runs = rows.ROOT / "runs" / "vit_compression"
+    parser.add_argument("--runs", type=Path, default=runs, help="folder of their runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file of the rows")
+    parser.add_argument("--jobs", type=int, default=6, help="variants at a time")
     parser.add_argument("--preset", default="vit_small_28", help="model")
     parser.add_argument("--seeds", type=int, default=3, help="models of each variant, trained together")
     parser.add_argument("--steps", type=int, default=400, help="of each stage")
