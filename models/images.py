@@ -6,8 +6,8 @@
     train = train.with_labels(per_class=10, seed=0)        few labels: the others' are -1
     batches(train, batch_size, seed=0)                     Grain iterator, shuffled, endless, checkpointable
 
-Image i of epoch e is changed as a function of (seed, e, i), so that a restored iterator continues exactly where the
-saved one stood.
+How image i of batch b is changed is a function of (seed, b, i), on any number of processes, and a restored iterator
+continues exactly where the saved one stood.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class Images:
         pixels = jax.image.resize(self.pixels.astype(np.float32), shape, "bilinear")
         return dataclasses.replace(self, pixels=np.asarray(np.clip(np.round(pixels), 0, 255), np.uint8))
 
+    def labelled(self) -> Images:
+        """Those whose label is known."""
+        return self._where(self.labels >= 0)
+
     def _drawn(self, per_class: int, seed: int) -> np.ndarray:
         """bool [n]: so many of each class."""
         random, chosen = np.random.default_rng(seed), np.zeros(len(self), bool)
@@ -109,11 +113,10 @@ class Augmentation:
     degrees: float = 10.0
     scale: float = 0.1
 
-    def draw(self, random: np.random.Generator) -> np.ndarray:
-        """float32 [4], how an image is changed: radians, size, and pixels down and right."""
-        turn = np.deg2rad(random.uniform(-self.degrees, self.degrees))
-        size = random.uniform(1 - self.scale, 1 + self.scale)
-        return np.array([turn, size, *random.uniform(-self.shift, self.shift, 2)], np.float32)
+    def draw(self, random: np.random.Generator, n: int) -> np.ndarray:
+        """float32 [n, 4], how n images are changed: radians, size, and pixels down and right."""
+        most = np.array([np.deg2rad(self.degrees), self.scale, self.shift, self.shift])
+        return (random.uniform(-most, most, (n, 4)) + np.array([0, 1, 0, 0])).astype(np.float32)
 
 
 def moved(pixels: np.ndarray, drawn: np.ndarray) -> np.ndarray:
@@ -163,14 +166,13 @@ def batches(
     if batch_size < 1 or batch_size % process_count:
         raise DataError(f"batch_size must be a positive multiple of the {process_count} processes, got {batch_size}")
 
-    def drawn(i: Any, random: np.random.Generator) -> tuple[int, np.ndarray]:
-        return int(i), np.zeros(0) if augmentation is None else augmentation.draw(random)
+    def drawn(chosen: np.ndarray, random: np.random.Generator) -> dict[str, np.ndarray]:
+        # For the whole batch, of which this process then takes its images.
+        own = slice(process_index, None, process_count)
+        how = None if augmentation is None else augmentation.draw(random, batch_size)[own]
+        pixels, labels = images.pixels[chosen[own]], images.labels[chosen[own]]
+        return {"images": normalized(pixels if how is None else moved(pixels, how)), "labels": labels}
 
-    def changed(batch: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-        chosen, how = batch
-        pixels = images.pixels[chosen] if augmentation is None else moved(images.pixels[chosen], how)
-        return {"images": normalized(pixels), "labels": images.labels[chosen]}
-
-    dataset = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat().random_map(drawn)
-    dataset = dataset[process_index::process_count].batch(batch_size // process_count).map(changed)
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    dataset = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat().batch(batch_size).random_map(drawn)
+    # Ahead of who takes them: most of the work is NumPy's, which lets other threads run.
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))

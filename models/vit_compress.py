@@ -40,7 +40,7 @@ PRUNED = ("query", "key", "value", "out", "up", "down")  # matrices of a block
 END_BITS = 8
 _PRUNE = {"2:4": prune_2_4, "4:8": prune_4_8_pairs}
 _MULTIPLES = {"2:4": 4, "4:8": 8}
-_FILE, _VERSION = "model.safetensors", 1
+_FILE, _VERSION = "model.safetensors", 2
 
 
 def pruning_masks(params: Params, pattern: Pattern) -> Any:
@@ -160,11 +160,13 @@ def save_compressed_vit(folder: str | Path, config: ViTConfig, params: Params, e
         for name, weight in arithmetic.weights.items():
             tensors[f"{part}.weights.{name}.scale"] = np.asarray(arithmetic.weight_scales[name])
             if isinstance(weight, Sparse24Weight):
-                kinds[name] = {"shape": weight.shape, "bits": weight.bits}
-                tensors[f"{part}.weights.{name}.values"] = np.asarray(weight.values)
-                tensors[f"{part}.weights.{name}.metadata"] = np.asarray(weight.metadata)
+                # In plain order, which is the same for all devices and has no padding.
+                kinds[name] = {"bits": weight.bits}
+                values, places = jax.vmap(Sparse24Weight.to_plain)(weight)
+                tensors[f"{part}.weights.{name}.values"] = np.asarray(values)
+                tensors[f"{part}.weights.{name}.places"] = _packed_places(np.asarray(places))
             else:
-                tensors[f"{part}.weights.{name}.dense"] = np.asarray(weight)
+                tensors[f"{part}.weights.{name}.dense"] = _packed(np.asarray(weight), arithmetic.bits)
     description = {
         "model_type": "compressed_vit",
         "version": _VERSION,
@@ -221,13 +223,38 @@ def _read(tensors: Mapping[str, Any], part: str, values: Mapping[str, Any], bits
         own = f"{part}.weights.{name}"
         weight_scales[name] = jnp.asarray(tensors[f"{own}.scale"])
         if kind := values["sparse"].get(name):
-            values_, metadata = (jnp.asarray(tensors[f"{own}.{field}"]) for field in ("values", "metadata"))
-            weights[name] = Sparse24Weight(values_, metadata, tuple(kind["shape"]), kind["bits"])
-            for layer in range(len(values_)):
-                jax.tree.map(lambda x, layer=layer: x[layer], weights[name]).check_metadata()
+            kept = tensors[f"{own}.values"]
+            places = _unpacked_places(tensors[f"{own}.places"])[:, : kept.shape[1]]
+            layers = [
+                Sparse24Weight.from_plain(*map(jnp.asarray, one), bits=kind["bits"])
+                for one in zip(kept, places, strict=True)
+            ]
+            weights[name] = jax.tree.map(lambda *parts: jnp.stack(parts), *layers)
         else:
-            weights[name] = jnp.asarray(tensors[f"{own}.dense"])
+            weights[name] = jnp.asarray(_unpacked(tensors[f"{own}.dense"], bits))
     return Integers(scales=scales, bits=bits, weights=weights, weight_scales=weight_scales)
+
+
+def _packed_places(places: np.ndarray) -> np.ndarray:
+    """uint8 [L, kept / 4, N] of places [L, kept, N]: of two groups, two of four places each."""
+    four = np.pad(places, ((0, 0), (0, -places.shape[1] % 4), (0, 0))).reshape(len(places), -1, 4, places.shape[2])
+    return np.bitwise_or.reduce(four << np.arange(0, 8, 2, dtype=np.uint8)[:, None], axis=2)
+
+
+def _unpacked_places(stored: np.ndarray) -> np.ndarray:
+    four = stored[:, :, None] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    return four.reshape(len(stored), -1, stored.shape[-1])
+
+
+def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """int8 [..., K], or if the codes have 4 bits two in a byte: [..., K / 2], the first in its lower half."""
+    return codes if bits == 8 else (codes[..., ::2] & 15) | (codes[..., 1::2] << 4)
+
+
+def _unpacked(stored: np.ndarray, bits: int) -> np.ndarray:
+    if bits == 8:
+        return stored
+    return np.stack([(stored << 4) >> 4, stored >> 4], axis=-1).reshape(*stored.shape[:-1], -1)
 
 
 def _kernels(exact: Pair) -> set[str]:

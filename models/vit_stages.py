@@ -367,8 +367,10 @@ def _decayed(params: Any) -> Any:
 def _batches(
     train_images: Images, stage: Stage, augmentation: Augmentation | None, seeds: range
 ) -> Iterator[dict[str, np.ndarray]]:
-    """[S, B, ...], each seed in an order of its own. Labels that no loss may look at are not passed on."""
-    if stage.weights.hard == 0 and stage.kind != "dense":
+    """[S, B, ...], each seed in an order of its own: of images that a loss looks at, without labels that none may."""
+    if stage.kind == "dense" or stage.weights.soft == stage.weights.feature == 0:
+        train_images = train_images.labelled()
+    elif stage.weights.hard == 0:
         train_images = dataclasses.replace(train_images, labels=np.full_like(train_images.labels, -1))
     iterators = [images.batches(train_images, stage.batch_size, seed=seed, augmentation=augmentation) for seed in seeds]
     for parts in zip(*iterators, strict=True):

@@ -80,3 +80,19 @@ def vector_of(words: Sequence[Value], type_: ir.Type) -> Value:
     for i, word in enumerate(words):
         x = llvm.insertelement(x, word, constant(i))
     return x if x.type == type_ else vector.bitcast(type_, x)
+
+
+def sums_of(x: mgpu.FragmentedArray) -> list[list[Value]]:
+    """[tile of 8 columns][4], the accumulators of mma.sync in an array [64, columns]: rows g, g, g + 8, g + 8."""
+    pairs = x.registers.reshape(-1, 2)
+    return [[llvm.extractelement(r, constant(i)) for r in pair for i in range(2)] for pair in pairs]
+
+
+def with_sums(x: mgpu.FragmentedArray, sums: Sequence[Sequence[Value]]) -> mgpu.FragmentedArray:
+    """The array with other accumulators."""
+    vectors = [vector_of(tile[i : i + 2], x.registers.flat[0].type) for tile in sums for i in (0, 2)]
+    registers = np.empty(len(vectors), object)
+    registers[:] = vectors
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(x.registers.shape), _layout=x.layout, _is_signed=x.is_signed
+    )

@@ -15,14 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl  # noqa: F401  (registers the lowering rules)
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels.core.inline import Value, array, constant, i32, inline, result, tiled, vector_of, words_of
+from pallas_kernels.core.inline import Value, array, constant, i32, inline, result, sums_of, tiled, with_sums, words_of
 from pallas_kernels.quantized_matmul import lanes
 
 _EVERY_WARP, _EVERY_GROUP = mgpu.fragmented_array.Replicated(4), mgpu.fragmented_array.Replicated(8)
@@ -59,9 +58,9 @@ def strips(
 
     def quantized_strips(_, sums, words, scales, x):
         words, *scales = ([words_of(r) for r in one.registers.flat] for one in (words, *scales))
-        parts = [_sums_of(s) for s in sums]
+        parts = [sums_of(s) for s in sums]
         parts = lanes.strips(_Ptx(), parts, words, scales, _rows_of(x), stretches)
-        return [_with_sums(s, part) for s, part in zip(sums, parts, strict=True)]
+        return [with_sums(s, part) for s, part in zip(sums, parts, strict=True)]
 
     types = ([SUMS] * len(sums), WORDS, [WORDS] * 2, ROWS)
     return inline(quantized_strips, types, [_like(s) for s in sums], sums, words, scales, x)
@@ -72,9 +71,9 @@ def integers(total: jax.Array, words: jax.Array, scale: jax.Array | None, x: jax
     for 1, x [8 m, 512 / bits] in ROWS."""
 
     def quantized_integers(_, total, words, x, scale=None):
-        of_outputs, sums = [words_of(r) for r in words.registers.flat], _sums_of(total)
+        of_outputs, sums = [words_of(r) for r in words.registers.flat], sums_of(total)
         if scale is None:
-            return _with_sums(total, lanes.integers(_Ptx(), sums, of_outputs, _rows_of(x), bits))
+            return with_sums(total, lanes.integers(_Ptx(), sums, of_outputs, _rows_of(x), bits))
         zero = arith.constant(ir.F32Type.get(), 0.0)
         parts = lanes.integers(_Ptx(), [[zero] * 4 for _ in sums], of_outputs, _rows_of(x), bits)
         factors = [
@@ -84,7 +83,7 @@ def integers(total: jax.Array, words: jax.Array, scale: jax.Array | None, x: jax
             [arith.addf(y, arith.mulf(z, factor)) for y, z, factor in zip(tile, part, factors, strict=True)]
             for tile, part in zip(sums, parts, strict=True)
         ]
-        return _with_sums(total, scaled)
+        return with_sums(total, scaled)
 
     arrays = [total, words, x] if scale is None else [total, words, x, scale]
     return inline(quantized_integers, (SUMS, WORDS, ROWS, STATS)[: len(arrays)], _like(total), *arrays)
@@ -152,19 +151,6 @@ def _rows_of(x: mgpu.FragmentedArray) -> list[list[list[Value]]]:
         [[w for register in x.registers[tile, j].flat for w in words_of(register)] for j in range(stretches)]
         for tile in range(tiles)
     ]
-
-
-def _sums_of(x: mgpu.FragmentedArray) -> list[list[Value]]:
-    """[tile of 8 rows][4]."""
-    pairs = x.registers.reshape(-1, 2)  # outputs g and g + 8
-    return [[llvm.extractelement(r, constant(i)) for r in pair for i in range(2)] for pair in pairs]
-
-
-def _with_sums(x: mgpu.FragmentedArray, sums: list[list[Value]]) -> mgpu.FragmentedArray:
-    vectors = [vector_of(tile[i : i + 2], x.registers.flat[0].type) for tile in sums for i in (0, 2)]
-    registers = np.empty(len(vectors), object)
-    registers[:] = vectors
-    return mgpu.FragmentedArray(_registers=registers.reshape(x.registers.shape), _layout=x.layout, _is_signed=None)
 
 
 def _operand(weights: Sequence[Sequence[Value]]) -> mgpu.FragmentedArray:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles of the kernel for Hopper: what they may be, a first guess, and where to search. The others have none."""
+"""Tiles of the kernels for NVIDIA GPUs: what they may be, a first guess, and where to search. The others have none."""
 
 import contextlib
 import dataclasses
@@ -74,18 +74,58 @@ class Sm90Config:
         return max(1, round(math.sqrt(clusters * self.outputs * kept / rows)))
 
 
-def kinds(device: Device, implementation: str) -> tuple[type[Sm90Config], ...]:
+@dataclasses.dataclass(frozen=True)
+class Sm80Config:
+    """`mosaic_gpu` on Ampere and Ada (sm80.py).
+
+    Attributes:
+      rows: of x in a tile, 32, 64 or 128: what four warps copy.
+      tiles: of 64 outputs of a block.
+      stages: steps, of 128 bytes of each row of x, that shared memory holds.
+    """
+
+    rows: int = 64
+    tiles: int = 1
+    stages: int = 4
+
+    def __post_init__(self):
+        rules = {"rows": (32, 64, 128), "tiles": (1, 2), "stages": range(2, 7)}  # 99 KiB are there
+        for name, allowed in rules.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"Sm80Config.{name} must be one of {tuple(allowed)}, got {value!r}.")
+
+
+Config = Sm90Config | Sm80Config
+AMPERE = ("sm80", "sm86", "sm87", "sm89")
+
+
+def kinds(device: Device, implementation: str) -> tuple[type[Config], ...]:
     """The configurations that an implementation takes; the first is the kind of its own choice."""
-    return (Sm90Config,) if implementation == "mosaic_gpu" and device.arch == "sm90" else ()
+    if implementation != "mosaic_gpu":
+        return ()
+    return (Sm90Config, Sm80Config) if device.arch == "sm90" else (Sm80Config,)
 
 
-def heuristic(call: Call, device: Device, implementation: str) -> Sm90Config:
+def heuristic(call: Call, device: Device, implementation: str) -> Config:
     """The configuration that should take the least time."""
     return next(search_space(call, device, implementation))
 
 
-def search_space(call: Call, device: Device, implementation: str) -> Iterator[Sm90Config]:
-    """Configurations worth measuring: the twelve that should take the least time."""
+def search_space(call: Call, device: Device, implementation: str) -> Iterator[Config]:
+    """Configurations worth measuring, the likeliest first; of Hopper's the twelve that should take the least time."""
+    return _of_hopper(call, device) if device.arch == "sm90" else _of_ampere(call)
+
+
+def _of_ampere(call: Call) -> Iterator[Sm80Config]:
+    """As many rows as there are. Two tiles read them half as often; their blocks are fewer."""
+    few = 32 if call.sizes["M"] <= 32 else 64 if call.sizes["M"] <= 64 else 128
+    for rows in (few, *(rows for rows in (32, 64, 128) if rows < few)):
+        for tiles in (2, 1) if call.sizes["M"] > 64 else (1, 2):
+            for stages in (4, 3):
+                yield Sm80Config(rows, tiles, stages)
+
+
+def _of_hopper(call: Call, device: Device) -> Iterator[Sm90Config]:
     found: dict[Sm90Config, float] = {}
     # Of those that should take the same time the ones that read less first; few rows are read fast enough.
     several = ((2, 1), (2, 1)) if call.sizes["M"] > 128 else ((1,), (1,))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sparse_matmul on NVIDIA GPUs: the kernel of sm90.py for Hopper, which takes sparse weights and dense ones of int8."""
+"""sparse_matmul on NVIDIA GPUs: sm90.py for Hopper, which also takes dense weights of int8, and sm80.py before it."""
 
 from typing import Any
 
@@ -9,19 +9,21 @@ import jax.numpy as jnp
 from pallas_kernels.core import device as device_lib
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
-from pallas_kernels.sparse_matmul import sm90
-from pallas_kernels.sparse_matmul.config import TILE, Sm90Config
+from pallas_kernels.sparse_matmul import sm80, sm90
+from pallas_kernels.sparse_matmul.config import AMPERE, TILE, Config, Sm80Config
 from pallas_kernels.sparse_matmul.operands import Dense, Sparse
 from pallas_kernels.sparse_matmul.reference import Scales, quantized
 from pallas_kernels.sparse_matmul.weights import Sparse24Weight
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
-    if device.platform != "gpu" or device.arch != "sm90":
-        return Refusal(f"it is for sparse tensor cores of Hopper, and this is {device}")
+    if device.platform != "gpu" or device.arch not in (*AMPERE, "sm90"):
+        return Refusal(f"it is for sparse tensor cores of Ampere, Ada and Hopper, and this is {device}")
+    if device.arch != "sm90" and not call.option("sparse"):
+        return Refusal("the library's product of dense int8 is as fast before Hopper")
     weight, out = call.arguments[1].dtype, call.option("out_dtype")
     if call.option("bits") == 4:
-        return Refusal("Hopper has no products of 4 bits; dequantize the weight and keep 2 of 4 in int8")
+        return Refusal("it has no products of 4 bits; dequantize the weight and keep 2 of 4 in int8")
     if weight == "float32" or out == "float32":
         return Refusal(f"it takes and gives 16-bit floats, and here are weights in {weight} and outputs in {out}")
     if call.option("activation") == "swiglu":
@@ -37,7 +39,7 @@ def forward(
     *,
     activation: str | None,
     out_dtype: Any,
-    config: Sm90Config,
+    config: Config,
 ) -> jax.Array:
     """As `xla.forward`."""
     N = weight.shape[1]
@@ -48,8 +50,11 @@ def forward(
     if bias is not None:
         per_output["bias"] = bias
     per_output = {name: jnp.pad(array, (0, -N % TILE))[None] for name, array in per_output.items()}
+    options: dict[str, Any] = {"activation": activation, "out_dtype": out_dtype}
+    if isinstance(config, Sm80Config):
+        if not isinstance(weight, Sparse24Weight):
+            raise ValueError(f"sparse_matmul: a dense weight takes an Sm90Config, got {config}.")
+        return sm80.outputs(x, weight, per_output, N, config=config, **options)
     num_sms = device_lib.current().num_cores or 132
     operand = Sparse(weight) if isinstance(weight, Sparse24Weight) else Dense(weight)
-    return sm90.outputs(
-        x, operand, per_output, N, activation=activation, out_dtype=out_dtype, config=config, num_sms=num_sms
-    )
+    return sm90.outputs(x, operand, per_output, N, config=config, num_sms=num_sms, **options)

@@ -57,10 +57,11 @@ def elements(dtype: Any) -> int:
 
 def slots(stages: int, rows: int, dtype: Any) -> Any:
     """Memory for rows of x, or of a dense weight, of so many steps."""
-    return plgpu.SMEM((stages, rows, elements(dtype)), dtype, transforms=_swizzled(dtype))
+    return plgpu.SMEM((stages, rows, elements(dtype)), dtype, transforms=swizzled(dtype))
 
 
-def _swizzled(dtype: Any) -> tuple:
+def swizzled(dtype: Any) -> tuple:
+    """How rows of 128 bytes lie in shared memory."""
     tiling, swizzling = plgpu.TilingTransform, plgpu.SwizzleTransform
     return tiling((8, elements(dtype))), swizzling(_ROW)  # type: ignore[operator]
 
@@ -138,7 +139,7 @@ def multiply(sums: jax.Array, kept: tuple[jax.Array, jax.Array], x: Ref) -> jax.
         nvvm.wgmma_commit_group_sync_aligned()
         return _as_sums(sums, parts)
 
-    types = (SUMS, VALUES, _meta_layout(words), plgpu.RefType(_swizzled(dtype)))
+    types = (SUMS, VALUES, _meta_layout(words), plgpu.RefType(swizzled(dtype)))
     return inline(sparse_multiply, types, result(SUMS, sums.shape, sums.dtype), sums, *kept, x)
 
 
@@ -160,8 +161,8 @@ def multiply_dense(sums: jax.Array, w: Ref, x: Ref) -> jax.Array:
         nvvm.wgmma_commit_group_sync_aligned()
         return _as_sums(sums, parts)
 
-    swizzled = plgpu.RefType(_swizzled(jnp.int8))
-    return inline(dense_multiply, (SUMS, swizzled, swizzled), result(SUMS, sums.shape, sums.dtype), sums, w, x)
+    kind = plgpu.RefType(swizzled(jnp.int8))
+    return inline(dense_multiply, (SUMS, kind, kind), result(SUMS, sums.shape, sums.dtype), sums, w, x)
 
 
 def wait(metadata: Sequence[jax.Array], started: int) -> jax.Array:

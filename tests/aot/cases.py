@@ -202,6 +202,7 @@ def _quantized_matmul(implementation: str, shape: str, dtype: str, compiling: Co
 
 
 # Many rows and few, each type, an epilogue.
+_SPARSE_AMPERE = ("square_8192", "llama2_7b_gate_up_m64", "llama2_7b_down_m1", "gelu_int8")
 _SPARSE_GPU = {
     "square_8192": "bfloat16",
     "silu_70": "bfloat16",  # nothing is a multiple of anything
@@ -437,7 +438,12 @@ CASES: tuple[Case, ...] = (
         for shape in _QUANTIZED_GPU
     ),
     *(
-        Case(f"sparse_matmul/mosaic_gpu/{shape}", HOPPER, functools.partial(_sparse_matmul, shape, dtype), hot=True)
+        Case(
+            f"sparse_matmul/mosaic_gpu/{shape}",
+            HOPPER + (AMPERE if shape in _SPARSE_AMPERE else ()),
+            functools.partial(_sparse_matmul, shape, dtype),
+            hot=True,
+        )
         for shape, dtype in _SPARSE_GPU.items()
     ),
     Case(

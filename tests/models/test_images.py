@@ -49,6 +49,7 @@ def test_few_labels():
     assert np.sum(few.labels == -1) == 24
     kept = few.labels >= 0
     np.testing.assert_array_equal(few.labels[kept], FEW.labels[kept])
+    assert few.labelled().labels.tolist() == few.labels[kept].tolist()
     # Of those that have one, fewer still.
     assert np.sum(few.with_labels(per_class=1, seed=0).labels >= 0) == 3
 
@@ -62,13 +63,13 @@ def test_resizing_keeps_what_is_constant():
 def test_augmentation_moves_by_what_it_says():
     image = np.zeros((1, 9, 9, 1), np.uint8)
     image[0, 4, 4] = 200
-    still = Augmentation(shift=0, degrees=0, scale=0).draw(np.random.default_rng(0))
-    assert still.tolist() == [0, 1, 0, 0]
-    np.testing.assert_array_equal(moved(image, still[None]), image)
+    still = Augmentation(shift=0, degrees=0, scale=0).draw(np.random.default_rng(0), 1)
+    assert still.tolist() == [[0, 1, 0, 0]]
+    np.testing.assert_array_equal(moved(image, still), image)
     for seed in range(20):
-        drawn = Augmentation(shift=2, degrees=10, scale=0.1).draw(np.random.default_rng(seed))
+        drawn = Augmentation(shift=2, degrees=10, scale=0.1).draw(np.random.default_rng(seed), 1)
         assert (np.abs(drawn - [0, 1, 0, 0]) <= [np.deg2rad(10.01), 0.101, 2, 2]).all()
-        changed = moved(image, drawn[None])[0, ..., 0].astype(float)
+        changed = moved(image, drawn)[0, ..., 0].astype(float)
         assert changed.sum() > 100  # it is still there
         center = [(changed.sum(1 - axis) @ np.arange(9)) / changed.sum() for axis in range(2)]
         assert max(abs(np.array(center) - 4)) <= 2.6
@@ -76,7 +77,7 @@ def test_augmentation_moves_by_what_it_says():
 
 def test_images_move_as_scipy_moves_them():
     random = np.random.default_rng(1)
-    drawn = np.stack([Augmentation(shift=3, degrees=40, scale=0.3).draw(random) for _ in range(len(FEW))])
+    drawn = Augmentation(shift=3, degrees=40, scale=0.3).draw(random, len(FEW))
     expected = np.zeros(FEW.pixels.shape)
     for i, (turn, size, *shift) in enumerate(drawn.astype(np.float64)):
         matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) / size
@@ -116,7 +117,6 @@ def test_batches_repeat_and_continue_where_they_stood():
 def test_processes_share_a_batch():
     whole = next(batches(FEW, 8, seed=3, process_index=0, process_count=1))
     parts = [next(batches(FEW, 8, seed=3, process_index=i, process_count=2)) for i in range(2)]
-    np.testing.assert_array_equal(np.concatenate([part["labels"] for part in parts]).sum(), whole["labels"].sum())
     np.testing.assert_array_equal(whole["labels"][0::2], parts[0]["labels"])
     np.testing.assert_array_equal(whole["images"][1::2], parts[1]["images"])
 

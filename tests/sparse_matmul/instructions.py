@@ -63,6 +63,12 @@ def dense_products(sums: np.ndarray, w: np.ndarray, x: np.ndarray) -> np.ndarray
     return sums + w.astype(sums.dtype) @ x.T.astype(sums.dtype)
 
 
+def products_of_warps(sums: np.ndarray, kept: tuple[list[np.ndarray], list[np.ndarray]], x: np.ndarray) -> np.ndarray:
+    """As `products`, of what each thread holds of each product, [128, 16 bytes], and words [128]."""
+    values = [np.ascontiguousarray(one).view(np.uint32) for one in kept[0]]
+    return products(sums, np.concatenate(values, axis=1), np.stack(kept[1], axis=1), x)
+
+
 def _stand_in(function):
     def of_equation(eqn, *values):
         results = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
@@ -81,6 +87,7 @@ STAND_INS = {
     "sparse_nothing": _stand_in(lambda results: [np.zeros(kind.shape, kind.dtype) for kind in results]),
     "sparse_take": _stand_in(lambda results, values, metadata, zero: take(values, metadata)),
     "sparse_multiply": _stand_in(lambda results, *arrays: [products(*arrays)]),
+    "sparse_mma": _stand_in(lambda results, *arrays: [products_of_warps(*arrays)]),
     "dense_multiply": _stand_in(lambda results, *arrays: [dense_products(*arrays)]),
     "sparse_wait": _stand_in(lambda results, *kept: [np.int32(0)]),
     "sparse_ended": _stand_in(lambda results, sums: [sums]),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel for Hopper in the interpreter, with races looked for; its instructions on arrays (instructions.py)."""
+"""The kernels in the interpreter, with races looked for; their instructions on arrays (instructions.py)."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import Sparse24Weight, sparse_matmul
 from pallas_kernels.core import device
-from pallas_kernels.sparse_matmul.config import Sm90Config
+from pallas_kernels.sparse_matmul.config import Sm80Config, Sm90Config
 from pallas_kernels.sparse_matmul.reference import naively, specified
 from pallas_kernels.sparse_matmul.shapes import Shape
 from tests import conformance, interpreters
@@ -31,15 +31,21 @@ CASES = {
     "dense": (Shape(40, 200, 520, "int8", bias=True, sparse=False), "bfloat16", Sm90Config(rows=32)),
     "int8_few": (Shape(5, 136, 96, "int8"), "bfloat16", Sm90Config()),
 }
+# The kernel for Ampere, which runs on Hopper, too: the interpreter knows no copies but Hopper's.
+WARPS = {
+    "warps": (Shape(70, 256, 384, activation="silu", bias=True), "bfloat16", Sm80Config(64, 2, 3)),
+    "warps_few": (Shape(3, 200, 100), "float16", Sm80Config(32, 2, 2)),
+    "warps_int8": (Shape(40, 72, 528, "int8", activation="gelu", bias=True), "bfloat16", Sm80Config(64, 1, 4)),
+}
 
 
 def _call(arguments, config):
     return sparse_matmul(**arguments, implementation="mosaic_gpu", config=config)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_hopper(name):
-    shape, dtype, config = CASES[name]
+@pytest.mark.parametrize("name", [*CASES, *WARPS])
+def test_in_the_interpreter(name):
+    shape, dtype, config = (CASES | WARPS)[name]
     arguments = shape.make(dtype, jax.random.key(0))
     with device.assume(HOPPER), interpreters.mosaic_gpu(STAND_INS):
         conformance.assert_agrees(lambda a: _call(a, config), specified, naively, arguments, gradients=False)
@@ -68,9 +74,27 @@ def test_on_a_gpu(name):
     conformance.assert_agrees(lambda a: _call(a, config), specified, naively, arguments, gradients=False)
 
 
+AMPERE_ON_A_GPU = WARPS | {
+    "warps_own": (Shape(300, 1024, 2048, activation="silu", bias=True), "bfloat16", None),
+    "warps_own_int8": (Shape(300, 1000, 2048, "int8", activation="gelu", bias=True), "float16", None),
+    "warps_one": (Shape(1, 328, 4096, bias=True), "bfloat16", None),
+}
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", AMPERE_ON_A_GPU)
+def test_of_ampere_on_a_gpu(name):
+    """With its own copies; what is written for Ampere runs on all that came after it."""
+    shape, dtype, config = AMPERE_ON_A_GPU[name]
+    arguments = shape.make(dtype, jax.random.key(0))
+    with device.assume(device.A100):
+        conformance.assert_agrees(lambda a: _call(a, config), specified, naively, arguments, gradients=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("known", [device.H100, device.A100], ids=["hopper", "ampere"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
-def test_each_pattern_in_each_place_of_the_metadata(dtype):
+def test_each_pattern_in_each_place_of_the_metadata(dtype, known):
     """Products of a unit matrix with weights whose groups have, in turn, each of the six patterns: the hardware's order
     of metadata, for each of its 1024 groups of a word of all threads, is that of `dequantize`."""
     patterns = np.array([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], np.uint8)
@@ -83,7 +107,8 @@ def test_each_pattern_in_each_place_of_the_metadata(dtype):
         weight = Sparse24Weight.from_plain(jnp.asarray(values, dtype), jnp.asarray(places))
         scales = (jnp.float32(1), jnp.ones(N, jnp.float32)) if dtype == "int8" else None
         unit, out = jnp.eye(K, dtype=dtype), "bfloat16" if dtype == "int8" else dtype
-        got = sparse_matmul(unit, weight, scales=scales, out_dtype=out, implementation="mosaic_gpu")
+        with device.assume(known):
+            got = sparse_matmul(unit, weight, scales=scales, out_dtype=out, implementation="mosaic_gpu")
         expected = np.zeros((K // 4, 4, N))
         np.put_along_axis(expected, places.reshape(K // 4, 2, N).astype(int), values.reshape(K // 4, 2, N), 1)
         np.testing.assert_array_equal(np.asarray(got, np.float64), expected.reshape(K, N))
