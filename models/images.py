@@ -4,7 +4,8 @@
     images = load_images("mnist_5k")                       5000 of MNIST, 500 of each class
     train, test = images.split(per_class=100, seed=0)      as many of each class are for testing
     train = train.with_labels(per_class=10, seed=0)        few labels: the others' are -1
-    batches(train, batch_size, seed=0)                     Grain iterator, shuffled, endless, checkpointable
+    data = batches(train, batch_size, seed=0)              Grain iterator, shuffled, endless, checkpointable
+    inputs(next(data))                                     what a model takes, augmented where it runs
 
 How image i of batch b is changed is a function of (seed, b, i), on any number of processes, and a restored iterator
 continues exactly where the saved one stood.
@@ -13,14 +14,18 @@ continues exactly where the saved one stood.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.scipy.ndimage import map_coordinates
 
 from models.data import DataError
 
@@ -119,33 +124,33 @@ class Augmentation:
         return (random.uniform(-most, most, (n, 4)) + np.array([0, 1, 0, 0])).astype(np.float32)
 
 
-def moved(pixels: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """uint8 [B, I, I, C], each image changed as `Augmentation.draw` says, [B, 4]; bilinear, 0 comes from outside."""
-    B, I, _, C = pixels.shape
-    turn, size, shift = drawn[:, 0], drawn[:, 1], drawn[:, 2:]
-    cos, sin = np.cos(turn) / size, np.sin(turn) / size
-    matrix = np.stack([cos, -sin, sin, cos], axis=-1).reshape(B, 2, 2)
-    center = np.float32((I - 1) / 2)
-    places = np.stack(np.meshgrid(*[np.arange(I, dtype=np.float32)] * 2, indexing="ij")).reshape(2, -1)
-    # Where each pixel comes from.
-    at = matrix @ (places - center - shift[:, :, None]) + center
-    low = np.floor(at)
-    part = at - low
-    # Two pixels of 0 around: what is further away reads them.
-    low = np.clip(low.astype(np.int32) + 2, 0, I + 2)
-    around = np.pad(pixels, ((0, 0), (2, 2), (2, 2), (0, 0))).reshape(-1, C)
-    first = (np.arange(B, dtype=np.int32)[:, None] * (I + 4) + low[:, 0]) * (I + 4) + low[:, 1]
-    out = np.zeros((B, I * I, C), np.float32)
-    for down in range(2):
-        for right in range(2):
-            share = np.abs(1 - down - part[:, 0]) * np.abs(1 - right - part[:, 1])
-            out += share[..., None] * around[first + down * (I + 4) + right]
-    return np.clip(np.round(out), 0, 255).astype(np.uint8).reshape(pixels.shape)
+def moved(pixels: jax.Array, how: jax.Array) -> jax.Array:
+    """float32 [B, I, I, C] of pixels [B, I, I, C], each image changed as `Augmentation.draw` says, [B, 4]; bilinear, 0
+    comes from outside. In JAX, so that it runs where the model does."""
+    I = pixels.shape[1]
+    places = jnp.stack(jnp.meshgrid(*[jnp.arange(I, dtype=jnp.float32)] * 2, indexing="ij"))
+    center = (I - 1) / 2
+
+    def one(image: jax.Array, turn: jax.Array, size: jax.Array, shift: jax.Array) -> jax.Array:
+        cos, sin = jnp.cos(turn) / size, jnp.sin(turn) / size
+        down, right = places - center - shift[:, None, None]
+        # Where each pixel comes from.
+        at = [cos * down - sin * right + center, sin * down + cos * right + center]
+        channel = functools.partial(map_coordinates, coordinates=at, order=1, mode="constant")
+        return jax.vmap(channel, in_axes=-1, out_axes=-1)(image)
+
+    return jax.vmap(one)(pixels.astype(jnp.float32), how[:, 0], how[:, 1], how[:, 2:])
 
 
 def normalized(pixels: Any) -> Any:
-    """float32 of uint8, 0 to 255 as -1 to 1: what models here take."""
-    return pixels.astype(np.float32) / 127.5 - 1
+    """float32 of 0 to 255 as -1 to 1: what models here take."""
+    return pixels.astype(jnp.float32) / 127.5 - 1
+
+
+def inputs(batch: Mapping[str, Any]) -> jax.Array:
+    """float32 [B, I, I, C], what a model takes of one of `batches`."""
+    pixels = batch["pixels"]
+    return normalized(moved(pixels, batch["moves"]) if "moves" in batch else pixels)
 
 
 def batches(
@@ -157,9 +162,10 @@ def batches(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Shuffled batches without end: "images" float32 [B, I, I, C], normalized, and "labels" int32 [B]; B is batch_size
-    over the number of processes. Each epoch has an order of its own, and each image a change of its own in it; the
-    iterator's state (get_state, set_state) is one index.
+    """Shuffled batches without end: "pixels" uint8 [B, I, I, C], "labels" int32 [B], and, if there is an augmentation,
+    "moves" float32 [B, 4]; `inputs` makes of them what a model takes. B is batch_size over the number of processes.
+    Each epoch has an order of its own, and each image a change of its own in it; the iterator's state (get_state,
+    set_state) is one index.
     """
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
@@ -169,10 +175,8 @@ def batches(
     def drawn(chosen: np.ndarray, random: np.random.Generator) -> dict[str, np.ndarray]:
         # For the whole batch, of which this process then takes its images.
         own = slice(process_index, None, process_count)
-        how = None if augmentation is None else augmentation.draw(random, batch_size)[own]
-        pixels, labels = images.pixels[chosen[own]], images.labels[chosen[own]]
-        return {"images": normalized(pixels if how is None else moved(pixels, how)), "labels": labels}
+        batch = {"pixels": images.pixels[chosen[own]], "labels": images.labels[chosen[own]]}
+        return batch if augmentation is None else batch | {"moves": augmentation.draw(random, batch_size)[own]}
 
     dataset = grain.MapDataset.range(len(images)).seed(seed).shuffle().repeat().batch(batch_size).random_map(drawn)
-    # Ahead of who takes them: most of the work is NumPy's, which lets other threads run.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

@@ -338,6 +338,7 @@ def _fit(
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     @jax.vmap
     def step(params: Any, state: Any, teacher: Any, masks: Any, arithmetic: Pair, rho: jax.Array, batch: Any) -> Any:
+        batch = {"images": images.inputs(batch), "labels": batch["labels"]}
         (value, parts), gradients = jax.value_and_grad(losses, has_aux=True)(params, teacher, arithmetic, rho, batch)
         updates, state = qat.masked(optimizer, masks).update(gradients, state, params)
         return optax.apply_updates(params, updates), state, parts | {"loss": value}
@@ -370,6 +371,8 @@ def _batches(
     """[S, B, ...], each seed in an order of its own: of images that a loss looks at, without labels that none may."""
     if stage.kind == "dense" or stage.weights.soft == stage.weights.feature == 0:
         train_images = train_images.labelled()
+        if not len(train_images):
+            raise ValueError(f'train: no image has a label, and nothing else is learnt in "{stage.kind}"')
     elif stage.weights.hard == 0:
         train_images = dataclasses.replace(train_images, labels=np.full_like(train_images.labels, -1))
     iterators = [images.batches(train_images, stage.batch_size, seed=seed, augmentation=augmentation) for seed in seeds]

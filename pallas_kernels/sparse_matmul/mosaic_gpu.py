@@ -15,12 +15,18 @@ from pallas_kernels.sparse_matmul.operands import Dense, Sparse
 from pallas_kernels.sparse_matmul.reference import Scales, quantized
 from pallas_kernels.sparse_matmul.weights import Sparse24Weight
 
+MOST_ROWS = 1024  # before Hopper
+
 
 def supports(call: Call, device: Device) -> Refusal | None:
     if device.platform != "gpu" or device.arch not in (*AMPERE, "sm90"):
         return Refusal(f"it is for sparse tensor cores of Ampere, Ada and Hopper, and this is {device}")
     if device.arch != "sm90" and not call.option("sparse"):
         return Refusal("the library's product of dense int8 is as fast before Hopper")
+    if device.arch != "sm90" and call.sizes["M"] > MOST_ROWS:
+        return Refusal(
+            f"M={call.sizes['M']} rows; it takes {MOST_ROWS}, and more are faster on weights made dense once"
+        )
     weight, out = call.arguments[1].dtype, call.option("out_dtype")
     if call.option("bits") == 4:
         return Refusal("it has no products of 4 bits; dequantize the weight and keep 2 of 4 in int8")

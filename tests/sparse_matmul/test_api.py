@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import UnsupportedError, explain, sparse_matmul
 from pallas_kernels.core import device
 from pallas_kernels.sparse_matmul.api import describe
-from pallas_kernels.sparse_matmul.config import Sm90Config, heuristic, rows_of, search_space
+from pallas_kernels.sparse_matmul.config import Sm80Config, Sm90Config, heuristic, rows_of, search_space
 from pallas_kernels.sparse_matmul.shapes import SHAPES, Shape
 
 FLOATING = SHAPES["bias_3"].make("float32", jax.random.key(0))
@@ -56,12 +56,28 @@ def test_a_weight_of_other_arrays_is_named():
         sparse_matmul(**FLOATING | {"weight": weight})
 
 
-def test_auto_takes_the_kernel_on_hopper_and_xla_elsewhere():
+@pytest.mark.parametrize(
+    ("hardware", "shape", "expected"),
+    [
+        (device.H100, Shape(2048, 128, 256), "mosaic_gpu"),
+        (device.A100, Shape(1024, 128, 256), "mosaic_gpu"),
+        (device.A100, Shape(1025, 128, 256), "xla"),
+        (device.A100, Shape(64, 128, 256, "int8"), "mosaic_gpu"),
+        (device.A100, Shape(64, 128, 256, "int8", sparse=False), "xla"),
+    ],
+)
+def test_auto(hardware, shape, expected):
+    with device.assume(hardware):
+        (choice,) = explain(sparse_matmul, **shape.make("bfloat16", jax.random.key(0)))[:1]
+    assert choice.implementation == expected
+
+
+def test_a_configuration_of_other_tiles_is_refused():
     arguments = Shape(64, 128, 256).make("bfloat16", jax.random.key(0))
-    for hardware, expected in ((device.H100, "mosaic_gpu"), (device.A100, "xla")):
-        with device.assume(hardware):
-            (choice,) = explain(sparse_matmul, **arguments)[:1]
-        assert choice.implementation == expected
+    with device.assume(device.A100), pytest.raises(ValueError, match=r"takes an? Sm80Config, got Sm90Config"):
+        sparse_matmul(**arguments, implementation="mosaic_gpu", config=Sm90Config())
+    with pytest.raises(ValueError, match=r"Sm80Config.rows must be one of \(32, 64, 128\), got 48"):
+        Sm80Config(rows=48)
 
 
 @pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.large])
@@ -78,7 +94,7 @@ def test_the_choice_of_tiles_fits(name):
     ("shape", "dtype", "message"),
     [
         (Shape(8, 64, 128), "float32", "it takes and gives 16-bit floats"),
-        (Shape(8, 64, 128, "int4"), "bfloat16", "Hopper has no products of 4 bits"),
+        (Shape(8, 64, 128, "int4"), "bfloat16", "it has no products of 4 bits"),
         (Shape(8, 64, 128, activation="swiglu"), "bfloat16", "it has no swiglu yet"),
     ],
 )
