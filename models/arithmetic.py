@@ -31,6 +31,7 @@ from flax import nnx
 from models import qat
 from models.qat import Codes
 from pallas_kernels import Sparse24Weight, flash_attention, sparse_matmul
+from pallas_kernels.core.activations import ACTIVATIONS, Activation
 
 # What each layer of a model reads, by the layer's name; layers with the same input share its range.
 INPUTS = {
@@ -48,8 +49,8 @@ INPUTS = {
 class Arithmetic(Protocol):
     """What a model calls."""
 
-    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
-        """x [..., K] through a layer that has this name in the model."""
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array, activation: Activation | None = None) -> jax.Array:
+        """x [..., K] through a layer that has this name in the model, and an activation of pallas_kernels."""
         ...
 
     def attention(
@@ -71,8 +72,8 @@ class Arithmetic(Protocol):
 class Floating:
     """As the layers are."""
 
-    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
-        return layer(x)
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array, activation: Activation | None = None) -> jax.Array:
+        return ACTIVATIONS[activation](layer(x))
 
     def attention(
         self,
@@ -101,8 +102,8 @@ class Sparse(Floating):
 
     weights: Mapping[str, Sparse24Weight]
 
-    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
-        return sparse_matmul(x.astype(layer.dtype), self.weights[name], bias=_bias(layer))
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array, activation: Activation | None = None) -> jax.Array:
+        return sparse_matmul(x.astype(layer.dtype), self.weights[name], bias=_bias(layer), activation=activation)
 
 
 @jax.tree_util.register_dataclass
@@ -129,9 +130,9 @@ class Observing:
     seen: dict[str, jax.Array]
     of: Any = Floating()
 
-    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array, activation: Activation | None = None) -> jax.Array:
         self.seen[INPUTS[name]] = x
-        return self.of.linear(name, layer, x)
+        return self.of.linear(name, layer, x, activation)
 
     def attention(
         self,
@@ -184,12 +185,12 @@ class _Rounded:
 class FakeQuantized(_Rounded):
     """Rounds what products read, and gradients pass."""
 
-    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array, activation: Activation | None = None) -> jax.Array:
         codes, kernel = Codes(self.bits), layer.kernel[...].astype(jnp.float32)
         scale = jax.lax.stop_gradient(qat.weight_scale(kernel, codes))
         sums = self._codes(INPUTS[name], x) @ qat.fake_codes(kernel, scale, codes)
         y = sums * (self.scales[INPUTS[name]] * scale[0]) + _bias(layer).astype(jnp.float32)
-        return y.astype(layer.dtype)
+        return ACTIVATIONS[activation](y).astype(layer.dtype)
 
     def as_read(self, name: str, x: jax.Array) -> jax.Array:
         """What products make of an activation."""
@@ -216,9 +217,10 @@ class Integers(_Rounded):
     weight_scales: Mapping[str, jax.Array]
     floating_attention: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def linear(self, name: str, layer: nnx.Linear, x: jax.Array) -> jax.Array:
+    def linear(self, name: str, layer: nnx.Linear, x: jax.Array, activation: Activation | None = None) -> jax.Array:
         scales = self.scales[INPUTS[name]], self.weight_scales[name]
         options: dict[str, Any] = {"bias": _bias(layer), "scales": scales, "out_dtype": layer.dtype}
+        options["activation"] = activation
         weight = self.weights[name]
         weight = weight if isinstance(weight, Sparse24Weight) else weight.T
         return sparse_matmul(self._codes(INPUTS[name], x), weight, **options)

@@ -129,7 +129,7 @@ class SwinBlock(nnx.Module):
     def __call__(self, x: jax.Array, arithmetic: Arithmetic = FLOATING.blocks) -> jax.Array:
         """[B, S, S, D] -> [B, S, S, D]."""
         x = x + self._attended(self.attention_norm(x), arithmetic)
-        h = jax.nn.gelu(arithmetic.linear("up", self.up, self.mlp_norm(x)), approximate=False)
+        h = arithmetic.linear("up", self.up, self.mlp_norm(x), "gelu_exact")
         return x + arithmetic.linear("down", self.down, h)
 
     def _attended(self, h: jax.Array, arithmetic: Arithmetic) -> jax.Array:

@@ -133,7 +133,7 @@ class ViTBlock(nnx.Module):
         )
         attended = arithmetic.attention(query, key, value, self.implementation).reshape(h.shape)
         x = x + arithmetic.linear("out", self.out, attended)
-        h = jax.nn.gelu(arithmetic.linear("up", self.up, self.mlp_norm(x)), approximate=False)
+        h = arithmetic.linear("up", self.up, self.mlp_norm(x), "gelu_exact")
         return x + arithmetic.linear("down", self.down, h)
 
 

@@ -60,7 +60,7 @@ def flat_gemm(
       w: [K, N], or [N, K] with transpose_w; of x's dtype.
       bias: [N], of x's dtype.
       residual: [..., M, O], of x's dtype; added last.
-      activation: None, "silu", "gelu" (by tanh, as jax.nn.gelu) or "swiglu" (N must be even).
+      activation: None, "silu", "gelu" (by tanh, as jax.nn.gelu), "gelu_exact" (by erf) or "swiglu" (N must be even).
       transpose_w: w is [N, K], as PyTorch and Hugging Face store it: each output feature lies in one piece.
       rms_norm_eps: x[m] / sqrt(mean(x[m]^2) + rms_norm_eps) takes the place of x (RMSNorm; its learned scale belongs in
         w). Kernels see all of x on their way along K, so that it costs next to nothing.

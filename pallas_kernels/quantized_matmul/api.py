@@ -55,8 +55,8 @@ def quantized_matmul(
       weight: a MixedBitWeight or IntWeight [K, N], as `quantize` makes them. For an IntWeight with activation_bits=8
         the rows of x are rounded to int8 on the way, with scale max|x| / 127, and multiplied in integers.
       bias: [N], of x's dtype.
-      activation: None, "silu", "gelu" (by tanh, as jax.nn.gelu) or "swiglu" (N must be even; the first half of the
-        columns are gates).
+      activation: None, "silu", "gelu" (by tanh, as jax.nn.gelu), "gelu_exact" (by erf) or "swiglu" (N must be even; the
+        first half of the columns are gates).
       implementation: "auto", "mosaic_gpu", "mosaic_tpu", "xla", "reference", or names in order of preference. A
         named one runs or raises. `pallas_kernels.explain` shows what runs and why.
       config: tile sizes (an object of pallas_kernels.quantized_matmul.config); None looks in the tuning tables.

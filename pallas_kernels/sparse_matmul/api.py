@@ -57,8 +57,8 @@ def sparse_matmul(
       weight: a Sparse24Weight [K, N], floating, int8, or of 4 bits (bits=4: those are storage, and multiplied as int8);
         or a dense int8 array [K, N].
       bias: [N], of the output's dtype.
-      activation: None, "silu", "gelu" (by tanh, as jax.nn.gelu) or "swiglu" (N must be even; the first half of the
-        columns are gates).
+      activation: None, "silu", "gelu" (by tanh, as jax.nn.gelu), "gelu_exact" (by erf) or "swiglu" (N must be even; the
+        first half of the columns are gates).
       scales: float32 (a [], b [N]) of x and of the weight's outputs, for weights of integers; None for floating ones.
         They are constants: no gradient reaches them.
       out_dtype: float32, bfloat16 or float16; None for that of x, which int8 is not.

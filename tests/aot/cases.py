@@ -202,7 +202,7 @@ def _quantized_matmul(implementation: str, shape: str, dtype: str, compiling: Co
 
 
 # Many rows and few, each type, an epilogue.
-_SPARSE_AMPERE = ("square_8192", "llama2_7b_gate_up_m64", "llama2_7b_down_m1", "gelu_int8")
+_SPARSE_AMPERE = ("llama2_70b_down_m256", "llama2_7b_gate_up_m64", "llama2_7b_down_m1", "gelu_int8")
 _SPARSE_GPU = {
     "square_8192": "bfloat16",
     "silu_70": "bfloat16",  # nothing is a multiple of anything
@@ -221,7 +221,7 @@ def _sparse_matmul(shape: str, dtype: str, compiling: Compiling):
     from pallas_kernels import sparse_matmul
     from pallas_kernels.sparse_matmul.shapes import SHAPES, Shape
 
-    shapes = SHAPES | {"gelu_int8": Shape(197, 3072, 768, "int8", activation="gelu", bias=True)}
+    shapes = SHAPES | {"gelu_int8": Shape(197, 3072, 768, "int8", activation="gelu_exact", bias=True)}
     arrays, fill = _arrays_of(shapes[shape].abstract(dtype), compiling)
     return jax.jit(lambda *arrays: sparse_matmul(**fill(arrays), implementation="mosaic_gpu")), arrays
 
@@ -232,7 +232,10 @@ def _flat_gemm(implementation: str, shape: str, dtype: str, compiling: Compiling
     from pallas_kernels import flat_gemm
     from pallas_kernels.flat_gemm.shapes import SHAPES, Shape
 
-    shapes = SHAPES | {"swiglu_22016": Shape(8, 22016, 4096, activation="swiglu", extras=("bias", "residual"))}
+    shapes = SHAPES | {
+        "swiglu_22016": Shape(8, 22016, 4096, activation="swiglu", extras=("bias", "residual")),
+        "gelu_exact_3072": Shape(197, 3072, 768, activation="gelu_exact", extras=("bias",)),
+    }
     arrays, fill = _arrays_of(shapes[shape].abstract(dtype), compiling)
     return jax.jit(lambda *arrays: flat_gemm(**fill(arrays), implementation=implementation)), arrays
 
@@ -250,6 +253,7 @@ _GEMM_TPU = {
     "leading_2_3": "bfloat16",
     "swiglu_columns_8": "float32",
     "swiglu_22016": "bfloat16",
+    "gelu_exact_3072": "bfloat16",
 }
 
 

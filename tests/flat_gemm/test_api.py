@@ -31,7 +31,7 @@ x, w = jnp.ones((2, 3, 16)), jnp.ones((16, 12))
         (
             lambda: flat_gemm(x, w, activation="relu"),
             ValueError,
-            'activation must be one of "silu", "gelu", "swiglu" or None, got \'relu\'.',
+            'activation must be one of "silu", "gelu", "gelu_exact", "swiglu" or None, got \'relu\'.',
         ),
         (lambda: flat_gemm(x, w, transpose_w=1), TypeError, "transpose_w must be True or False, got 1."),
         (lambda: flat_gemm(x.astype(int), w), TypeError, "x must be one of float32, bfloat16, float16, float64, got"),

@@ -24,7 +24,11 @@ def swiglu(z):
     return silu(z[..., : N // 2]) * z[..., N // 2 :]
 
 
-BY_NUMPY = {None: lambda z: z, "silu": silu, "gelu": gelu, "swiglu": swiglu}
+def gelu_exact(z):
+    return z * scipy.special.ndtr(z)
+
+
+BY_NUMPY = {None: lambda z: z, "silu": silu, "gelu": gelu, "gelu_exact": gelu_exact, "swiglu": swiglu}
 
 
 def draw(activation, transpose_w, leading=()):

@@ -43,7 +43,7 @@ def weight():
         (
             {"activation": "relu"},
             ValueError,
-            'activation must be one of "silu", "gelu", "swiglu" or None, got \'relu\'.',
+            'activation must be one of "silu", "gelu", "gelu_exact", "swiglu" or None, got \'relu\'.',
         ),
         ({"activation": "swiglu"}, ValueError, "an even number; weight has N=15."),
         ({"config": 3}, ValueError, 'implementation "xla" takes no config, got 3.'),

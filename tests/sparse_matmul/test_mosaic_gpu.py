@@ -26,7 +26,7 @@ CASES = {
     "odd": (Shape(100, 328, 264, activation="silu"), "float16", Sm90Config(rows=64, stages=3)),
     "few": (Shape(3, 72, 64, activation="gelu", bias=True), "bfloat16", Sm90Config(rows=8, warpgroups=3)),
     "one": (Shape(1, 64, 200), "bfloat16", Sm90Config(warpgroups=1)),
-    "int8": (Shape(24, 128, 528, "int8", activation="gelu", bias=True), "bfloat16", Sm90Config(24, 1, 3)),
+    "int8": (Shape(24, 128, 528, "int8", activation="gelu_exact", bias=True), "bfloat16", Sm90Config(24, 1, 3)),
     "two_tiles": (Shape(150, 320, 200, bias=True), "bfloat16", Sm90Config(rows=152, tiles=2)),
     "dense": (Shape(40, 200, 520, "int8", bias=True, sparse=False), "bfloat16", Sm90Config(rows=32)),
     "int8_few": (Shape(5, 136, 96, "int8"), "bfloat16", Sm90Config()),
@@ -62,7 +62,7 @@ CLUSTERS = {
     "cluster_two_tiles": (Shape(700, 1000, 1024), "bfloat16", Sm90Config(168, 2, 4, tiles=2, cluster=2)),
     "own": (Shape(300, 1024, 2048, activation="silu", bias=True), "bfloat16", None),
     "own_dense": (Shape(300, 1024, 2048, "int8", activation="gelu", sparse=False), "bfloat16", None),
-    "own_int8": (Shape(300, 1024, 2048, "int8", activation="gelu", bias=True), "bfloat16", None),
+    "own_int8": (Shape(300, 1024, 2048, "int8", activation="gelu_exact", bias=True), "bfloat16", None),
 }
 
 
