@@ -8,6 +8,7 @@ from pallas_kernels.core.softmax import SoftmaxStats, UnifiedMax
 from pallas_kernels.decode_attention.api import decode_attention
 from pallas_kernels.flash_attention.api import flash_attention
 from pallas_kernels.flat_gemm.api import flat_gemm
+from pallas_kernels.log_bessel.api import bessel_ratio_i, bessel_ratio_k, log_iv, log_kv
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pallas_kernels.quantized_matmul.quantize import quantize
 from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight
@@ -23,10 +24,14 @@ __all__ = [
     "Sparse24Weight",
     "UnifiedMax",
     "UnsupportedError",
+    "bessel_ratio_i",
+    "bessel_ratio_k",
     "decode_attention",
     "explain",
     "flash_attention",
     "flat_gemm",
+    "log_iv",
+    "log_kv",
     "masks",
     "prune_2_4",
     "prune_4_8_pairs",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reference values of log I_v(x), log K_v(x) and their derivatives, by sums of positive terms at 60 digits.
 
-    python -m tests.log_bessel.make_golden                           golden.npz here, what the tests read: about 2 minutes
+    python -m tests.log_bessel.make_golden                           golden.npz here, which the tests read
     python -m tests.log_bessel.make_golden --points=20000 --out=F    more points, for a table of accuracy
 
 Nothing here loses digits, whatever v and x are:
@@ -9,9 +9,9 @@ Nothing here loses digits, whatever v and x are:
     I_v(x) = sum_k (x/2)^(v+2k) / (k! Gamma(v+k+1))       from the largest term up and down, until terms are 1e-52 of it
     K_v(x) = integral_0^inf exp(-x cosh s) cosh(v s) ds   trapezoid, which converges exponentially
 
-Averages over these terms are derivatives: of I_v, <2k> / x is I_{v+1} / I_v and <log(x/2) - psi(v+k+1)> is d log I / dv;
-of K_v, v/x + <cosh s> is K_{v+1} / K_v and <s tanh(v s)> is d log K / dv. Values are stored as a double and what it
-leaves out.
+Averages over these terms are derivatives. Of I_v, <2k> / x is I_{v+1} / I_v and <log(x/2) - psi(v+k+1)> that of the
+logarithm by v; of K_v, v/x + <cosh s> is K_{v+1} / K_v and <s tanh(v s)> that of the logarithm by v. Logarithms are
+stored as a double and what it leaves out.
 """
 
 import argparse

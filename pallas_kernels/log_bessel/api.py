@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public functions: checks, dispatch, what is outside of the expressions' domain, and derivatives."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
+
+from pallas_kernels.core import dispatch
+from pallas_kernels.core.check import check_dtype
+from pallas_kernels.core.dispatch import Argument, Call, Implementation
+from pallas_kernels.log_bessel.expressions import Found
+
+OP = "log_bessel"
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+def log_iv(v: ArrayLike, x: ArrayLike, *, implementation: Implementation = "auto") -> jax.Array:
+    """log I_v(x), the logarithm of the modified Bessel function of the first kind, for any order and argument.
+
+    >>> from pallas_kernels import log_iv
+    >>> print(f"{log_iv(1023.0, 102.4):.2f}")                 # I_v itself is below the smallest double
+    -2042.46
+
+    Args:
+      v: order, real, not negative unless it is an integer (I_{-n} = I_n). A Python number is known when the program is
+        made, which then holds less.
+      x: argument, not negative. float32 or float64; bfloat16 and float16 are computed in float32. Both broadcast.
+      implementation: "auto", "xla", "reference", or names in order of preference.
+
+    Returns:
+      Of the broadcast shape and of the arguments' type, float32 or float64. At x = 0 it is 0 for v = 0 and -inf for
+      v > 0, at x = inf +inf. NaN where x < 0, where v < 0 is no integer, and where an argument is NaN.
+
+      Differentiable to any order in both arguments, forward and reverse; d/dx = v / x + I_{v+1} / I_v.
+
+    Raises:
+      TypeError: complex or other arguments that are no real numbers.
+      UnsupportedError: the named implementation cannot run this call.
+
+    Sources: see expressions.py; accuracy: README.md in this folder.
+    """
+    return _public("log_iv", v, x, implementation, first=True).log
+
+
+def log_kv(v: ArrayLike, x: ArrayLike, *, implementation: Implementation = "auto") -> jax.Array:
+    """log K_v(x), of the modified Bessel function of the second kind; arguments, derivatives and errors as of `log_iv`.
+
+    >>> from pallas_kernels import log_kv
+    >>> print(f"{log_kv(1023.0, 102.4):.2f}")
+    2034.83
+
+    Returns:
+      K_{-v} = K_v, for any real order. +inf at x = 0, -inf at x = inf, NaN where x < 0 or an argument is NaN.
+      d/dx = v / x - K_{v+1} / K_v.
+    """
+    return _public("log_kv", v, x, implementation, first=False).log
+
+
+def bessel_ratio_i(v: ArrayLike, x: ArrayLike, *, implementation: Implementation = "auto") -> jax.Array:
+    """I_{v+1}(x) / I_v(x), from 0 to 1: not by a difference of logarithms, which would lose the digits of their size.
+
+    >>> from pallas_kernels import bessel_ratio_i
+    >>> print(f"{bessel_ratio_i(0.0, 2.0):.6f}")               # mean resultant length of von Mises, kappa = 2
+    0.697775
+
+    Arguments and errors as of `log_iv`, but that orders are not negative: NaN where they are. 0 at x = 0, 1 at x = inf.
+    d/dx = 1 - r^2 - (2 v + 1) r / x.
+    """
+    return _public("bessel_ratio_i", v, x, implementation, first=True).ratio
+
+
+def bessel_ratio_k(v: ArrayLike, x: ArrayLike, *, implementation: Implementation = "auto") -> jax.Array:
+    """K_{v+1}(x) / K_v(x), above 1; as `bessel_ratio_i`. +inf at x = 0, 1 at x = inf. d/dx = r^2 - (2 v + 1) r / x - 1.
+
+    >>> from pallas_kernels import bessel_ratio_k
+    >>> print(f"{bessel_ratio_k(0.5, 2.0):.4f}")               # 1 + 1 / x for v = 1/2
+    1.5000
+    """
+    return _public("bessel_ratio_k", v, x, implementation, first=False).ratio
+
+
+def _public(name: str, v: ArrayLike, x: ArrayLike, implementation: Implementation, *, first: bool) -> Found:
+    order = float(v) if isinstance(v, int | float) else None
+    for label, given in (("v", v), ("x", x)):
+        kind = jnp.result_type(given)
+        if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
+            raise TypeError(f"{name}: {label} must be real numbers, got {kind}.")
+    kind = jnp.result_type(v, x)
+    if jnp.issubdtype(kind, jnp.integer):
+        kind = jnp.result_type(float)
+    check_dtype(name, "the type of v and x together", kind, _DTYPES)
+    if kind.itemsize == 2:
+        kind = jnp.dtype(jnp.float32)
+    shape = jnp.broadcast_shapes(jnp.shape(v), jnp.shape(x))
+    arguments = tuple(Argument(label, kind.name, (("n", math.prod(shape)),)) for label in "vx")
+    call = Call(OP, arguments, (("function", name), ("order", order)))
+    choice = dispatch.choose(call, implementation)
+    plan = _Plan(choice.name, first, order)
+    return _everywhere(plan, *(jnp.broadcast_to(jnp.asarray(given, kind), shape) for given in (v, x)))
+
+
+class _Plan(NamedTuple):
+    implementation: str
+    first: bool  # I, not K
+    order: float | None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _everywhere(plan: _Plan, v: jax.Array, x: jax.Array) -> Found:
+    """Also where the expressions are not: negative orders, 0, infinities and NaN."""
+    inside = (x > 0) & jnp.isfinite(x) & jnp.isfinite(v)
+    size = jnp.abs(v)
+    log, ratio = _inside(plan, jnp.where(inside, size, 1), jnp.where(inside, x, 1))
+    nan, inf = jnp.full_like(x, jnp.nan), jnp.full_like(x, jnp.inf)
+    wrong = (x < 0) | jnp.isnan(x) | jnp.isnan(v) | (jnp.isinf(v) & jnp.isinf(x))
+    if plan.first:
+        at_zero = jnp.where(v == 0, 0, -inf)
+        outside = jnp.where(x == 0, at_zero, jnp.where(jnp.isinf(v), -inf, inf))
+        ratio_outside = jnp.where((x == 0) | jnp.isinf(v), jnp.zeros_like(x), 1)
+        bad = wrong | ((v < 0) & (jnp.floor(v) != v))
+    else:
+        outside = jnp.where((x == 0) | jnp.isinf(v), inf, -inf)
+        ratio_outside = jnp.where((x == 0) | jnp.isinf(v), inf, 1)
+        bad = wrong
+    log = jnp.where(bad, nan, jnp.where(inside, log, outside))
+    return Found(log, jnp.where(wrong | (v < 0), nan, jnp.where(inside, ratio, ratio_outside)))
+
+
+def _evaluate(plan: _Plan, v: jax.Array, x: jax.Array) -> Found:
+    module: Any = dispatch.load(OP, plan.implementation)
+    options = {"order": plan.order} if plan.implementation == "xla" else {}
+    return module.evaluate(v, x, first=plan.first, **options)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_derivatives(plan: _Plan, v: jax.Array, x: jax.Array) -> Found:
+    return _evaluate(plan, v, x)
+
+
+_inside: Callable[[_Plan, jax.Array, jax.Array], Found] = cast(Any, _with_derivatives)
+
+
+@functools.partial(_with_derivatives.defjvp, symbolic_zeros=True)
+def _derivatives(plan: _Plan, primals: tuple, tangents: tuple) -> tuple[Found, Found]:
+    v, x = primals
+    of_v, of_x = tangents
+    found = _inside(plan, v, x)  # itself with derivatives, for those of higher order
+    ratio, sign = found.ratio, 1.0 if plan.first else -1.0
+    log_dot, ratio_dot = jnp.zeros_like(x), jnp.zeros_like(x)
+    if not isinstance(of_x, SymbolicZero):
+        log_dot = log_dot + (v / x + sign * ratio) * of_x
+        ratio_dot = ratio_dot + sign * (1 - ratio * ratio - sign * (2 * v + 1) * ratio / x) * of_x
+    if not isinstance(of_v, SymbolicZero):
+        # Of the expression that was taken.
+        by_v = jax.jvp(lambda v: _evaluate(plan, v, x), (v,), (jnp.ones_like(v),))[1]
+        log_dot, ratio_dot = log_dot + by_v.log * of_v, ratio_dot + by_v.ratio * of_v
+    return found, Found(log_dot, ratio_dot)

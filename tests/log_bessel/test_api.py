@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""log_iv, log_kv and the ratios against the reference values (make_golden.py), identities, and the table of edges."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+import scipy.special
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import UnsupportedError, bessel_ratio_i, bessel_ratio_k, explain, log_iv, log_kv
+from tests.log_bessel import make_golden
+
+GOLDEN = np.load(Path(__file__).parent / "golden.npz")
+V, X = GOLDEN["v"], GOLDEN["x"]
+FUNCTIONS = {"i": (log_iv, bessel_ratio_i, 1), "k": (log_kv, bessel_ratio_k, -1)}
+pytestmark = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@pytest.fixture(autouse=True)
+def doubles():
+    with jax.enable_x64(True):
+        yield
+
+
+def by_x(name):
+    """Of the logarithm, from sums of terms of one sign where that matters."""
+    return FUNCTIONS[name][2] * GOLDEN[f"{name}_ratio"] + V / X
+
+
+def condition(name):
+    return (np.abs(V * GOLDEN[f"{name}_by_v"]) + np.abs(X * by_x(name))) / np.maximum(1, np.abs(GOLDEN[f"{name}_log"]))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_double_precision(name, implementation):
+    log, ratio, _ = FUNCTIONS[name]
+    expected = GOLDEN[f"{name}_log"]
+    error = np.abs(np.asarray(log(V, X, implementation=implementation)) - expected - GOLDEN[f"{name}_left"])
+    mixed = error / np.maximum(1, np.abs(expected))
+    assert (mixed <= 2e-14 + 4 * np.finfo(float).eps * condition(name)).all()
+    found = np.asarray(ratio(V, X, implementation=implementation))
+    assert np.abs(found / GOLDEN[f"{name}_ratio"] - 1).max() <= 4e-15
+
+
+@pytest.mark.parametrize("kind", [jnp.float32, jnp.bfloat16])
+def test_single_precision(name, kind):
+    """bfloat16 goes in, and is computed in float32."""
+    log, ratio, _ = FUNCTIONS[name]
+    v, x = jnp.asarray(V, kind), jnp.asarray(X, kind)
+    found = log(v, x)
+    assert found.dtype == jnp.float32
+    # The same arguments in double precision.
+    exact = np.asarray(log(v.astype(jnp.float64), x.astype(jnp.float64)))
+    mixed = np.abs(np.asarray(found) - exact) / np.maximum(1, np.abs(exact))
+    assert (mixed <= 1e-6 + 4 * np.finfo(np.float32).eps * condition(name)).all()
+    exact = np.asarray(ratio(v.astype(jnp.float64), x.astype(jnp.float64)))
+    assert np.abs(np.asarray(ratio(v, x)) / exact - 1).max() <= 1.5e-6
+
+
+def test_first_derivatives(name):
+    log, _, _ = FUNCTIONS[name]
+    of_v, of_x = (np.asarray(jax.vmap(jax.grad(log, argument))(V, X)) for argument in range(2))
+    assert np.abs(of_x / by_x(name) - 1).max() <= 1e-12
+    expected = GOLDEN[f"{name}_by_v"]
+    zero = V == 0
+    assert np.abs(of_v[~zero] / expected[~zero] - 1).max() <= 1e-9
+    np.testing.assert_allclose(of_v[zero], expected[zero], atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("which", "modes"),
+    [
+        ("log", (jax.jacfwd, jax.jacfwd)),
+        ("log", (jax.jacrev, jax.jacfwd)),
+        ("ratio", (jax.jacfwd, jax.jacfwd)),
+    ],
+    ids=["log_forward", "log_reverse", "ratio"],
+)
+def test_second_derivatives(name, which, modes):
+    """Against differences of the reference sums, at 60 digits."""
+    function = FUNCTIONS[name][which == "ratio"]
+    exact = {"i": make_golden.of_i, "k": make_golden.of_k}[name]
+    outer, inner = modes
+    hessian = jax.jit(outer(inner(function, (0, 1)), (0, 1)))
+    for point in ((0.7, 0.3), (3.0, 5.0), (2.5, 60.0), (90.0, 40.0)):
+        expected = second_differences(lambda v, x: getattr(exact(v, x), which), *point)
+        np.testing.assert_allclose(np.array(hessian(*point)), expected, rtol=1e-8, atol=1e-10)
+
+
+def second_differences(function, v, x):
+    """[2, 2], of a function of mpmath's numbers."""
+    with mpmath.workdps(60):
+        h, v, x = mpmath.mpf(10) ** -12, mpmath.mpf(v), mpmath.mpf(x)
+        by_vv = function(v + h, x) - 2 * function(v, x) + function(v - h, x)
+        by_xx = function(v, x + h) - 2 * function(v, x) + function(v, x - h)
+        both = function(v + h, x + h) - function(v + h, x - h) - function(v - h, x + h) + function(v - h, x - h)
+        return np.array([[by_vv / h**2, both / (2 * h) ** 2], [both / (2 * h) ** 2, by_xx / h**2]], float)
+
+
+def test_identities(name):
+    """Wronskian and recurrence, where orders and arguments are largest."""
+    v, x = np.meshgrid(np.logspace(-2, 6, 40), np.logspace(-8, 6, 40))
+    log, ratio, sign = FUNCTIONS[name]
+    wronskian = np.asarray(
+        log_iv(v, x) + log_kv(v, x) + jnp.log(x) + jnp.log(bessel_ratio_i(v, x) + bessel_ratio_k(v, x))
+    )
+    assert (np.abs(wronskian) <= 1e-14 * (1 + np.abs(log(v, x)))).all()
+    # I_v - I_{v+2} = 2 (v+1)/x I_{v+1}, K_{v+2} - K_v the same of K: of positive terms.
+    one, two = (np.asarray(ratio(v + i, x)) for i in range(2))
+    term = 2 * (v + 1) / x
+    left, right = (1 / one, two + term) if sign > 0 else (two, 1 / one + term)
+    np.testing.assert_allclose(left, right, rtol=3e-14)
+    # Between two orders only the ratio lies.
+    close = np.asarray(log(v + 1, x)) - np.asarray(log(v, x)) - np.log(one)
+    assert (np.abs(close) <= 1e-14 * (1 + np.abs(log(v, x)))).all()
+
+
+def test_arguments_that_are_tiny(name):
+    log, ratio, _ = FUNCTIONS[name]
+    exact = {"i": make_golden.of_i, "k": make_golden.of_k}[name]
+    for v in (0.0, 1e-9, 1e-4, 0.009, 0.3, 0.95, 2.5, 30.0):
+        for x in (9e-9, 1e-20, 1e-300):
+            wanted = exact(v, x)
+            error = abs(float(log(v, x)) - float(wanted.log))
+            assert error <= 5e-15 * max(1, abs(float(wanted.log))), (v, x)
+            if wanted.ratio < 1e300:
+                assert abs(float(ratio(v, x)) / float(wanted.ratio) - 1) <= 1e-12, (v, x)
+
+
+def test_edges(name):
+    log, ratio, _ = FUNCTIONS[name]
+    nan, inf = np.nan, np.inf
+    table = {  # (v, x): log I, log K, ratio of I, ratio of K
+        (0.0, 0.0): (0, inf, 0, inf),
+        (2.5, 0.0): (-inf, inf, 0, inf),
+        (1.0, -1.0): (nan, nan, nan, nan),
+        (-0.5, 1.0): (nan, float(np.log(scipy.special.kv(0.5, 1.0))), nan, nan),
+        (-3.0, 2.0): (float(np.log(scipy.special.iv(3, 2.0))), float(np.log(scipy.special.kv(3, 2.0))), nan, nan),
+        (nan, 1.0): (nan, nan, nan, nan),
+        (1.0, nan): (nan, nan, nan, nan),
+        (1.0, inf): (inf, -inf, 1, 1),
+        (inf, 1.0): (-inf, inf, 0, inf),
+        (inf, inf): (nan, nan, nan, nan),
+    }
+    place = list(FUNCTIONS).index(name)
+    v, x = np.array(list(table)).T
+    np.testing.assert_allclose(log(v, x), [row[place] for row in table.values()], rtol=1e-14)
+    np.testing.assert_allclose(ratio(v, x), [row[2 + place] for row in table.values()], rtol=1e-14)
+
+
+def test_orders_that_are_known_are_the_same_and_less_work(name):
+    log, _, _ = FUNCTIONS[name]
+    x = jnp.asarray([0.0, 1e-8, 3.0, 1e5])
+    for v in (0, 5.5, 1023.0):
+        np.testing.assert_array_equal(log(v, x), log(jnp.full(4, float(v)), x))
+    known = jax.jit(functools.partial(log, 1023.0)).lower(x).as_text()
+    assert "while" not in known
+    assert "while" in jax.jit(log).lower(x, x).as_text()
+
+
+def test_transformations(name):
+    log, ratio, _ = FUNCTIONS[name]
+    v, x = np.array([0.0, 3.0, 40.0]), np.array([0.5, 8.0])
+    expected = log(v[:, None], x)
+    assert expected.shape == (3, 2)
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.vmap(log, (None, 0)), (0, None)))(v, x), expected, rtol=1e-15)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.shard_map(log, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+    np.testing.assert_array_equal(split(3.0, jnp.asarray(x)), log(3.0, x))
+    gradient = jax.grad(lambda x: ratio(v[:, None], x).sum())(x)
+    assert np.isfinite(gradient).all()
+
+
+def test_bad_arguments_are_named(name):
+    log, _, _ = FUNCTIONS[name]
+    with pytest.raises(TypeError, match=rf"log_{name}v: x must be real numbers, got complex128"):
+        log(1.0, np.array(1j))
+    with pytest.raises(TypeError, match=rf"log_{name}v: v must be real numbers, got bool"):
+        log(np.array(True), 1.0)
+    with pytest.raises(ValueError, match="Incompatible shapes"):
+        log(np.ones(3), np.ones(2))
+    with pytest.raises(UnsupportedError, match="log_bessel has no mosaic_gpu implementation"):
+        log(1.0, 1.0, implementation="mosaic_gpu")
+    assert "xla" in str(explain(log, 1.0, 1.0))
