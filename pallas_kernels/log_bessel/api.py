@@ -4,7 +4,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,17 @@ from jax.typing import ArrayLike
 from pallas_kernels.core import dispatch
 from pallas_kernels.core.check import check_dtype
 from pallas_kernels.core.dispatch import Argument, Call, Implementation
-from pallas_kernels.log_bessel.expressions import Found
+from pallas_kernels.log_bessel import published
+from pallas_kernels.log_bessel.expressions import LARGE, Found
 
 OP = "log_bessel"
+Mode = Literal["accurate", "paper"]
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def log_iv(v: ArrayLike, x: ArrayLike, *, implementation: Implementation = "auto") -> jax.Array:
+def log_iv(
+    v: ArrayLike, x: ArrayLike, *, mode: Mode = "accurate", implementation: Implementation = "auto"
+) -> jax.Array:
     """log I_v(x), the logarithm of the modified Bessel function of the first kind, for any order and argument.
 
     >>> from pallas_kernels import log_iv
@@ -28,9 +32,10 @@ def log_iv(v: ArrayLike, x: ArrayLike, *, implementation: Implementation = "auto
     -2042.46
 
     Args:
-      v: order, real, not negative unless it is an integer (I_{-n} = I_n). A Python number is known when the program is
-        made, which then holds less.
+      v: order, real, not negative unless it is an integer (I_{-n} = I_n). If it is a Python number of 24 or more, the
+        program holds only what such orders need.
       x: argument, not negative. float32 or float64; bfloat16 and float16 are computed in float32. Both broadcast.
+      mode: "paper" is the published method to the letter (published.py), to compare with: it has errors of up to 1e-9.
       implementation: "auto", "xla", "reference", or names in order of preference.
 
     Returns:
@@ -45,10 +50,12 @@ def log_iv(v: ArrayLike, x: ArrayLike, *, implementation: Implementation = "auto
 
     Sources: see expressions.py; accuracy: README.md in this folder.
     """
-    return _public("log_iv", v, x, implementation, first=True).log
+    return _public("log_iv", v, x, mode, implementation, first=True).log
 
 
-def log_kv(v: ArrayLike, x: ArrayLike, *, implementation: Implementation = "auto") -> jax.Array:
+def log_kv(
+    v: ArrayLike, x: ArrayLike, *, mode: Mode = "accurate", implementation: Implementation = "auto"
+) -> jax.Array:
     """log K_v(x), of the modified Bessel function of the second kind; arguments, derivatives and errors as of `log_iv`.
 
     >>> from pallas_kernels import log_kv
@@ -59,10 +66,12 @@ def log_kv(v: ArrayLike, x: ArrayLike, *, implementation: Implementation = "auto
       K_{-v} = K_v, for any real order. +inf at x = 0, -inf at x = inf, NaN where x < 0 or an argument is NaN.
       d/dx = v / x - K_{v+1} / K_v.
     """
-    return _public("log_kv", v, x, implementation, first=False).log
+    return _public("log_kv", v, x, mode, implementation, first=False).log
 
 
-def bessel_ratio_i(v: ArrayLike, x: ArrayLike, *, implementation: Implementation = "auto") -> jax.Array:
+def bessel_ratio_i(
+    v: ArrayLike, x: ArrayLike, *, mode: Mode = "accurate", implementation: Implementation = "auto"
+) -> jax.Array:
     """I_{v+1}(x) / I_v(x), from 0 to 1: not by a difference of logarithms, which would lose the digits of their size.
 
     >>> from pallas_kernels import bessel_ratio_i
@@ -72,21 +81,25 @@ def bessel_ratio_i(v: ArrayLike, x: ArrayLike, *, implementation: Implementation
     Arguments and errors as of `log_iv`, but that orders are not negative: NaN where they are. 0 at x = 0, 1 at x = inf.
     d/dx = 1 - r^2 - (2 v + 1) r / x.
     """
-    return _public("bessel_ratio_i", v, x, implementation, first=True).ratio
+    return _public("bessel_ratio_i", v, x, mode, implementation, first=True).ratio
 
 
-def bessel_ratio_k(v: ArrayLike, x: ArrayLike, *, implementation: Implementation = "auto") -> jax.Array:
+def bessel_ratio_k(
+    v: ArrayLike, x: ArrayLike, *, mode: Mode = "accurate", implementation: Implementation = "auto"
+) -> jax.Array:
     """K_{v+1}(x) / K_v(x), above 1; as `bessel_ratio_i`. +inf at x = 0, 1 at x = inf. d/dx = r^2 - (2 v + 1) r / x - 1.
 
     >>> from pallas_kernels import bessel_ratio_k
     >>> print(f"{bessel_ratio_k(0.5, 2.0):.4f}")               # 1 + 1 / x for v = 1/2
     1.5000
     """
-    return _public("bessel_ratio_k", v, x, implementation, first=False).ratio
+    return _public("bessel_ratio_k", v, x, mode, implementation, first=False).ratio
 
 
-def _public(name: str, v: ArrayLike, x: ArrayLike, implementation: Implementation, *, first: bool) -> Found:
-    order = float(v) if isinstance(v, int | float) else None
+def _public(name: str, v: ArrayLike, x: ArrayLike, mode: Mode, implementation: Implementation, *, first: bool) -> Found:
+    if mode not in ("accurate", "paper"):
+        raise ValueError(f'{name}: mode must be "accurate" or "paper", got {mode!r}.')
+    large_order = isinstance(v, int | float) and v >= LARGE
     for label, given in (("v", v), ("x", x)):
         kind = jnp.result_type(given)
         if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
@@ -99,16 +112,16 @@ def _public(name: str, v: ArrayLike, x: ArrayLike, implementation: Implementatio
         kind = jnp.dtype(jnp.float32)
     shape = jnp.broadcast_shapes(jnp.shape(v), jnp.shape(x))
     arguments = tuple(Argument(label, kind.name, (("n", math.prod(shape)),)) for label in "vx")
-    call = Call(OP, arguments, (("function", name), ("order", order)))
-    choice = dispatch.choose(call, implementation)
-    plan = _Plan(choice.name, first, order)
+    call = Call(OP, arguments, (("function", name), ("mode", mode), ("large_order", large_order or None)))
+    plan = _Plan(dispatch.choose(call, implementation).name, first, mode, large_order)
     return _everywhere(plan, *(jnp.broadcast_to(jnp.asarray(given, kind), shape) for given in (v, x)))
 
 
 class _Plan(NamedTuple):
     implementation: str
     first: bool  # I, not K
-    order: float | None
+    mode: Mode
+    large_order: bool  # known to be, when the program is made
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -133,9 +146,10 @@ def _everywhere(plan: _Plan, v: jax.Array, x: jax.Array) -> Found:
 
 
 def _evaluate(plan: _Plan, v: jax.Array, x: jax.Array) -> Found:
+    if plan.mode == "paper":
+        return published.evaluate(v, x, first=plan.first)
     module: Any = dispatch.load(OP, plan.implementation)
-    options = {"order": plan.order} if plan.implementation == "xla" else {}
-    return module.evaluate(v, x, first=plan.first, **options)
+    return module.evaluate(v, x, first=plan.first, large_order=plan.large_order)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

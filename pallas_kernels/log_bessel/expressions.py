@@ -55,7 +55,7 @@ def large(v: jax.Array, x: jax.Array, *, first: bool) -> Found:
     t2, step = jnp.square(v / c), sign / c
     total, rest = jnp.zeros_like(c), jnp.zeros_like(c)
     for p, w in zip(of_u[::-1], of_w[::-1], strict=True):
-        total, rest = (total + _horner(p, t2)) * step, (rest + _horner(w, t2)) * step
+        total, rest = (total + horner(p, t2)) * step, (rest + horner(w, t2)) * step
     constant = -0.5 * math.log(2 * math.pi) if first else 0.5 * math.log(math.pi / 2)
     log = sign * (c - v * jnp.arcsinh(v / x)) + constant - 0.5 * jnp.log(c) + jnp.log1p(total)
     # From the expansion of the derivative, whose difference from v / x is taken by hand.
@@ -109,7 +109,7 @@ def tiny(v: jax.Array, x: jax.Array) -> Found:
     # Gamma(1 +- v) = exp(even -+ v odd): K = exp(even) sinh(v y) / v, y = log(2 / x) - odd.
     small = jnp.minimum(low, 0.01)
     square = jnp.square(small)
-    odd = _horner(_ODD, square)
+    odd = horner(_ODD, square)
     up, down = lax.lgamma(1 + low), lax.lgamma(1 - low)
     odd = jnp.where(low < 0.01, odd, (down - up) / (2 * jnp.where(low < 0.01, 1, low)))
     y = half - odd
@@ -133,10 +133,10 @@ def log_gamma_1p(v: jax.Array) -> jax.Array:
     zeta = [1.6449340668482264, 1.2020569031595942, 1.0823232337111382, 1.0369277551433699, 1.0173430619844491]
     zeta += [1.0083492773819228, 1.0040773561979443, 1.0020083928260822, 1.0009945751278181, 1.0004941886041195]
     coefficients = [0.0, -_ODD[0], *((-1) ** k * z / k for k, z in enumerate(zeta, 2))]
-    return jnp.where(v < 0.05, _horner(coefficients, small), lax.lgamma(1 + v))
+    return jnp.where(v < 0.05, horner(coefficients, small), lax.lgamma(1 + v))
 
 
-def _horner(coefficients: Sequence[float], y: jax.Array) -> jax.Array:
+def horner(coefficients: Sequence[float], y: jax.Array) -> jax.Array:
     """Of ascending coefficients."""
     out = jnp.full_like(y, coefficients[-1])
     for a in coefficients[-2::-1]:

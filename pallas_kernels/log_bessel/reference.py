@@ -13,8 +13,8 @@ def supports(call: Call, device: Device) -> Refusal | None:
     return None  # everything; "auto" never asks
 
 
-def evaluate(v: jax.Array, x: jax.Array, *, first: bool) -> Found:
-    """I, or with first=False K, of v >= 0 and x > 0 of one shape."""
+def evaluate(v: jax.Array, x: jax.Array, *, first: bool, large_order: bool = False) -> Found:
+    """I, or with first=False K, of v >= 0 and x > 0 of one shape; `large_order` changes nothing here."""
     far = jnp.hypot(v, x) >= LARGE
     near_zero = x < TINY
     one = jnp.ones_like(x)
