@@ -6,7 +6,7 @@
     python -m benchmarks.vit_compression --table --plot      the README's table and picture of the rows
 
 Each variant is a command of train.py, printed when it is done; its folder stays in --runs, so that a run that was
-stopped goes on with the next variant. Several run at a time (--jobs), as each leaves the device waiting for images.
+stopped goes on with the next variant. Several run at a time (--jobs): one compiles while another trains.
 Rows go to benchmarks/results/vit_compression.csv.
 
 MNIST's 5000 images, of which 1000 are for testing; of the others few have a label, so that there is something to lose.

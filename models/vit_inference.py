@@ -33,7 +33,6 @@ class Classifier:
         rest["blocks"] = jax.tree.map(lambda x: x[:0], stacked)  # those of `layers`; nothing is held twice
         leaves, self._structure = jax.tree.flatten((stacked, arithmetic.blocks))
         layers = [list(x) if x.size > _SMALL * len(x) else x for x in leaves]
-        self.num_layers = model.config.num_layers
         self.arguments = (rest, layers, arithmetic.ends)
         # A program within the program: layers are alike, and lowered once.
         self._run_block = jax.jit(lambda layer, x: nnx.merge(self._block, layer[0])(x, layer[1]))
@@ -47,7 +46,6 @@ class Classifier:
         rest, layers, ends = arguments
         model = nnx.merge(self._graphdef, rest)
         x = model.embed(images, ends)
-        for i in range(self.num_layers):
-            layer = jax.tree.unflatten(self._structure, [of_layers[i] for of_layers in layers])
-            x = self._run_block(layer, x)
+        for leaves in zip(*layers, strict=True):
+            x = self._run_block(jax.tree.unflatten(self._structure, leaves), x)
         return model.logits(model.final_norm(x), ends)

@@ -21,7 +21,7 @@ def gelu_exact(z: jax.Array) -> jax.Array:
     return z / 2 * (1 + jax.lax.erf(z * math.sqrt(0.5)))
 
 
-def _gelu_exact(z: jax.Array) -> jax.Array:
+def _gelu_without_erf(z: jax.Array) -> jax.Array:
     """In kernels for NVIDIA GPUs, which have no erf: right to 1e-7 of z.
 
     Source: Abramowitz and Stegun, "Handbook of Mathematical Functions", 7.1.26.
@@ -65,7 +65,7 @@ def activate_parts(z: list[jax.Array], activation: str | None) -> jax.Array:
         case "gelu":  # tanh(y) = 2 sigmoid(2 y) - 1
             return z[0] / (1 + jnp.exp(-2 * math.sqrt(2 / math.pi) * (z[0] + 0.044715 * z[0] * z[0] * z[0])))
         case "gelu_exact":
-            return _gelu_exact(z[0])
+            return _gelu_without_erf(z[0])
         case "swiglu":
             return z[0] / (1 + jnp.exp(-z[0])) * z[1]
         case _:

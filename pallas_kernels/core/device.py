@@ -76,6 +76,7 @@ _KNOWN: dict[str, Device] = {
     "TPU7x": Device("tpu", "TPU7x", "tpu7x", 2, 7.4e12, _rates(2307, fp8=4614)),
 }
 
+MMA_ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")  # with mma.sync and cp.async: what Mosaic GPU kernels here take
 H100, H200, A100 = _KNOWN["H100"], _KNOWN["H200"], _KNOWN["A100"]
 TPU_V5E, TPU_V5P, TPU_V6E, TPU_7X = (_KNOWN[k] for k in ("TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"))
 CPU = Device("cpu", "cpu")

@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import cluster
-from pallas_kernels.core.device import Device
+from pallas_kernels.core.device import MMA_ARCHS, Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import (
     Ring,
@@ -47,12 +47,11 @@ from pallas_kernels.decode_attention.cache import Cache
 from pallas_kernels.decode_attention.config import MosaicGpuConfig
 
 LOG2E = math.log2(math.e)
-_ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
 Ref = Any
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
-    if device.platform != "gpu" or device.arch not in _ARCHS:
+    if device.platform != "gpu" or device.arch not in MMA_ARCHS:
         return Refusal(f"it is for NVIDIA GPUs of Ampere, Ada and Hopper, and this is {device}")
     s, dtype = call.sizes, call.arguments[0].dtype
     if dtype not in ("bfloat16", "float16"):

@@ -29,18 +29,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import cluster
 from pallas_kernels.core.activations import activate_parts, parts_of
-from pallas_kernels.core.device import Device
+from pallas_kernels.core.device import MMA_ARCHS, Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, cost_option, store, swizzle_bytes, tile_memory
 from pallas_kernels.flat_gemm.config import MatrixConfig, VectorConfig, outputs
-from pallas_kernels.flat_gemm.routes import ARCHS, MOST_ROWS, MOST_VECTOR_ROWS
+from pallas_kernels.flat_gemm.routes import MOST_ROWS, MOST_VECTOR_ROWS
 
 Ref = Any
 WIDE = 64  # rows of the wide operand of a product
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
-    if device.platform != "gpu" or device.arch not in ARCHS:
+    if device.platform != "gpu" or device.arch not in MMA_ARCHS:
         return Refusal(f"it is for NVIDIA GPUs of Ampere, Ada and Hopper, and this is {device}")
     s, dtype, hopper = call.sizes, call.arguments[0].dtype, device.arch == "sm90"
     if dtype not in ("bfloat16", "float16"):

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pallas_kernels.core import tuning
-from pallas_kernels.core.device import Device
+from pallas_kernels.core.device import MMA_ARCHS, Device
 from pallas_kernels.core.dispatch import Call
 
 # Kernels take so many rows; beyond there is C alone.
@@ -35,7 +35,6 @@ MOST_VECTOR_ROWS = 8
 TIE = 0.015
 # M1 and M2 where there is no table: on Hopper nothing is padded.
 _UNMEASURED = {"sm90": (3, 129)}
-ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +108,7 @@ def choose(call: Call, device: Device) -> Route:
     if measured:
         n, k = min(measured, key=lambda at: math.hypot(math.log(at[0] / N), math.log(at[1] / K)))
         crossings, source = measured[n, k], f"measured at N={n} K={k}"
-    elif device.arch in ARCHS:
+    elif device.arch in MMA_ARCHS:
         crossings, source = Crossings(*_UNMEASURED.get(device.arch, (8, 65))), "not measured on this device"
     else:
         return Route("C", "B", "route C: not measured on this device")

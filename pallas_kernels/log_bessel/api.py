@@ -50,7 +50,7 @@ def log_iv(
 
     Sources: see expressions.py; accuracy: README.md in this folder.
     """
-    return _public("log_iv", v, x, mode, implementation, first=True).log
+    return _public("log_iv", v, x, mode, implementation, first=True, wanted="log")
 
 
 def log_kv(
@@ -66,7 +66,7 @@ def log_kv(
       K_{-v} = K_v, for any real order. +inf at x = 0, -inf at x = inf, NaN where x < 0 or an argument is NaN.
       d/dx = v / x - K_{v+1} / K_v.
     """
-    return _public("log_kv", v, x, mode, implementation, first=False).log
+    return _public("log_kv", v, x, mode, implementation, first=False, wanted="log")
 
 
 def bessel_ratio_i(
@@ -81,7 +81,7 @@ def bessel_ratio_i(
     Arguments and errors as of `log_iv`, but that orders are not negative: NaN where they are. 0 at x = 0, 1 at x = inf.
     d/dx = 1 - r^2 - (2 v + 1) r / x.
     """
-    return _public("bessel_ratio_i", v, x, mode, implementation, first=True).ratio
+    return _public("bessel_ratio_i", v, x, mode, implementation, first=True, wanted="ratio")
 
 
 def bessel_ratio_k(
@@ -93,10 +93,19 @@ def bessel_ratio_k(
     >>> print(f"{bessel_ratio_k(0.5, 2.0):.4f}")               # 1 + 1 / x for v = 1/2
     1.5000
     """
-    return _public("bessel_ratio_k", v, x, mode, implementation, first=False).ratio
+    return _public("bessel_ratio_k", v, x, mode, implementation, first=False, wanted="ratio")
 
 
-def _public(name: str, v: ArrayLike, x: ArrayLike, mode: Mode, implementation: Implementation, *, first: bool) -> Found:
+def _public(
+    name: str,
+    v: ArrayLike,
+    x: ArrayLike,
+    mode: Mode,
+    implementation: Implementation,
+    *,
+    first: bool,
+    wanted: Literal["log", "ratio"],
+) -> jax.Array:
     if mode not in ("accurate", "paper"):
         raise ValueError(f'{name}: mode must be "accurate" or "paper", got {mode!r}.')
     large_order = isinstance(v, int | float) and v >= LARGE
@@ -114,7 +123,7 @@ def _public(name: str, v: ArrayLike, x: ArrayLike, mode: Mode, implementation: I
     arguments = tuple(Argument(label, kind.name, (("n", math.prod(shape)),)) for label in "vx")
     call = Call(OP, arguments, (("function", name), ("mode", mode), ("large_order", large_order or None)))
     plan = _Plan(dispatch.choose(call, implementation).name, first, mode, large_order)
-    return _everywhere(plan, *(jnp.broadcast_to(jnp.asarray(given, kind), shape) for given in (v, x)))
+    return _everywhere(plan, wanted, *(jnp.broadcast_to(jnp.asarray(given, kind), shape) for given in (v, x)))
 
 
 class _Plan(NamedTuple):
@@ -124,25 +133,26 @@ class _Plan(NamedTuple):
     large_order: bool  # known to be, when the program is made
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _everywhere(plan: _Plan, v: jax.Array, x: jax.Array) -> Found:
-    """Also where the expressions are not: negative orders, 0, infinities and NaN."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _everywhere(plan: _Plan, wanted: Literal["log", "ratio"], v: jax.Array, x: jax.Array) -> jax.Array:
+    """Also where the expressions are not: negative orders, 0, infinities and NaN. A program of its own for each of the
+    two: what only the other takes is not computed."""
     inside = (x > 0) & jnp.isfinite(x) & jnp.isfinite(v)
     size = jnp.abs(v)
     log, ratio = _inside(plan, jnp.where(inside, size, 1), jnp.where(inside, x, 1))
-    nan, inf = jnp.full_like(x, jnp.nan), jnp.full_like(x, jnp.inf)
+    inf = jnp.full_like(x, jnp.inf)
     wrong = (x < 0) | jnp.isnan(x) | jnp.isnan(v) | (jnp.isinf(v) & jnp.isinf(x))
-    if plan.first:
-        at_zero = jnp.where(v == 0, 0, -inf)
-        outside = jnp.where(x == 0, at_zero, jnp.where(jnp.isinf(v), -inf, inf))
-        ratio_outside = jnp.where((x == 0) | jnp.isinf(v), jnp.zeros_like(x), 1)
-        bad = wrong | ((v < 0) & (jnp.floor(v) != v))
+    endless = jnp.isinf(v)
+    if wanted == "ratio":
+        value, outside = ratio, jnp.where((x == 0) | endless, jnp.zeros_like(x) if plan.first else inf, 1)
+        wrong = wrong | (v < 0)
+    elif plan.first:
+        value = log
+        outside = jnp.where(x == 0, jnp.where(v == 0, 0, -inf), jnp.where(endless, -inf, inf))
+        wrong = wrong | ((v < 0) & (jnp.floor(v) != v))
     else:
-        outside = jnp.where((x == 0) | jnp.isinf(v), inf, -inf)
-        ratio_outside = jnp.where((x == 0) | jnp.isinf(v), inf, 1)
-        bad = wrong
-    log = jnp.where(bad, nan, jnp.where(inside, log, outside))
-    return Found(log, jnp.where(wrong | (v < 0), nan, jnp.where(inside, ratio, ratio_outside)))
+        value, outside = log, jnp.where((x == 0) | endless, inf, -inf)
+    return jnp.where(wrong, jnp.nan, jnp.where(inside, value, outside))
 
 
 def _evaluate(plan: _Plan, v: jax.Array, x: jax.Array) -> Found:

@@ -34,7 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.core import cluster
 from pallas_kernels.core.activations import activate_parts, parts_of
-from pallas_kernels.core.device import Device
+from pallas_kernels.core.device import MMA_ARCHS, Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.epilogue import with_outputs
 from pallas_kernels.core.mma import copies_of_device, cost_option, store, tile_memory
@@ -46,11 +46,10 @@ from pallas_kernels.quantized_matmul.weights import IntWeight, MixedBitWeight, W
 Ref = Any
 Rows = Callable[[range], jax.Array]  # of x, stretches of 64 inputs of a chunk
 MOST_ROWS = 64
-_ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
-    if device.platform != "gpu" or device.arch not in _ARCHS:
+    if device.platform != "gpu" or device.arch not in MMA_ARCHS:
         return Refusal(f"it is for NVIDIA GPUs of Ampere, Ada and Hopper, and this is {device}")
     s, dtype, bits = call.sizes, call.arguments[0].dtype, call.option("bits")
     if dtype != "bfloat16":

@@ -96,7 +96,6 @@ class Sm80Config:
 
 
 Config = Sm90Config | Sm80Config
-AMPERE = ("sm80", "sm86", "sm87", "sm89")
 
 
 def kinds(device: Device, implementation: str) -> tuple[type[Config], ...]:

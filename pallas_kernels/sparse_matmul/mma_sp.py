@@ -77,12 +77,12 @@ def multiply(sums: jax.Array, kept: Kept, x: Ref) -> jax.Array:
             tiles[tile] = z
         return with_sums(sums, tiles)
 
-    types = SUMS, Kept([_values(x.dtype)] * len(kept.values), [_META] * len(kept.metadata)), _swizzled(x.dtype)
+    types = (
+        SUMS,
+        Kept([_values(x.dtype)] * len(kept.values), [_META] * len(kept.metadata)),
+        plgpu.RefType(ptx.swizzled(x.dtype)),
+    )
     return inline(sparse_mma, types, result(SUMS, sums.shape, sums.dtype), sums, kept, x)
-
-
-def _swizzled(dtype: Any) -> Any:
-    return plgpu.RefType(ptx.swizzled(dtype))
 
 
 def _rows(address: Value, offset: int) -> list[Value]:

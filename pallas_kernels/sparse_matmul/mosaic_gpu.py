@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core import device as device_lib
-from pallas_kernels.core.device import Device
+from pallas_kernels.core.device import MMA_ARCHS, Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.sparse_matmul import sm80, sm90
-from pallas_kernels.sparse_matmul.config import AMPERE, TILE, Config, Sm80Config
+from pallas_kernels.sparse_matmul.config import TILE, Config, Sm80Config
 from pallas_kernels.sparse_matmul.operands import Dense, Sparse
 from pallas_kernels.sparse_matmul.reference import Scales, quantized
 from pallas_kernels.sparse_matmul.weights import Sparse24Weight
@@ -19,7 +19,7 @@ MOST_ROWS = 1024  # before Hopper
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
-    if device.platform != "gpu" or device.arch not in (*AMPERE, "sm90"):
+    if device.platform != "gpu" or device.arch not in MMA_ARCHS:
         return Refusal(f"it is for sparse tensor cores of Ampere, Ada and Hopper, and this is {device}")
     if device.arch != "sm90" and not call.option("sparse"):
         return Refusal("the library's product of dense int8 is as fast before Hopper")
@@ -55,7 +55,8 @@ def forward(
         per_output["scale"] = scales[0] * scales[1]
     if bias is not None:
         per_output["bias"] = bias
-    per_output = {name: jnp.pad(array, (0, -N % TILE))[None] for name, array in per_output.items()}
+    block = TILE * (config.tiles if isinstance(config, Sm80Config) else 1)
+    per_output = {name: jnp.pad(array, (0, -N % block))[None] for name, array in per_output.items()}
     options: dict[str, Any] = {"activation": activation, "out_dtype": out_dtype}
     if isinstance(config, Sm80Config):
         if not isinstance(weight, Sparse24Weight):

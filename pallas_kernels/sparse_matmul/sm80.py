@@ -42,13 +42,12 @@ def outputs(
     out_dtype: Any,
     config: Sm80Config,
 ) -> jax.Array:
-    """[M, N] of x [M, K]. `per_output` has arrays [1, N], padded to whole tiles of 64: "scale", "bias"."""
+    """[M, N] of x [M, K]. `per_output` has arrays [1, N], padded to whole blocks: "scale", "bias"."""
     (M, K), inputs, rows, tiles = x.shape, ptx.elements(x.dtype), config.rows, config.tiles
     x = jnp.pad(x, ((0, -M % rows), (0, -K % inputs)))
     values, metadata, words = weight.values, weight.metadata, ptx.meta_words(x.dtype)
     blocks, steps = len(values), values.shape[1] // ptx.PRODUCTS
     across, down, copies = -(-blocks // tiles), len(x) // rows, copies_of_device()
-    per_output = {name: jnp.pad(a, ((0, 0), (0, across * tiles * TILE - a.shape[1]))) for name, a in per_output.items()}
 
     def kernel(x_gmem, values_gmem, metadata_gmem, *refs, slots: Ref, full: Any = None):
         option, out_gmem = dict(zip(per_output, refs, strict=False)), refs[-1]

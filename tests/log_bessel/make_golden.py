@@ -17,7 +17,7 @@ stored as a double and what it leaves out.
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -142,6 +142,17 @@ def row(point: tuple[float, float]) -> list[float]:
         log = float(found.log)
         out += [log, float(found.log - log), float(found.ratio), float(found.by_v)]
     return out
+
+
+def by_x(points: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """d log / dx at stored points, of "i" or "k"."""
+    return points["v"] / points["x"] + (1 if name == "i" else -1) * points[f"{name}_ratio"]
+
+
+def condition(points: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """kappa: how much larger relative errors of v and x are in max(1, |log|)."""
+    moved = np.abs(points["v"] * points[f"{name}_by_v"]) + np.abs(points["x"] * by_x(points, name))
+    return moved / np.maximum(1, np.abs(points[f"{name}_log"]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

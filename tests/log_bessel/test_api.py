@@ -27,22 +27,13 @@ def doubles():
         yield
 
 
-def by_x(name):
-    """Of the logarithm, from sums of terms of one sign where that matters."""
-    return FUNCTIONS[name][2] * GOLDEN[f"{name}_ratio"] + V / X
-
-
-def condition(name):
-    return (np.abs(V * GOLDEN[f"{name}_by_v"]) + np.abs(X * by_x(name))) / np.maximum(1, np.abs(GOLDEN[f"{name}_log"]))
-
-
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_double_precision(name, implementation):
     log, ratio, _ = FUNCTIONS[name]
     expected = GOLDEN[f"{name}_log"]
     error = np.abs(np.asarray(log(V, X, implementation=implementation)) - expected - GOLDEN[f"{name}_left"])
     mixed = error / np.maximum(1, np.abs(expected))
-    assert (mixed <= 2e-14 + 4 * np.finfo(float).eps * condition(name)).all()
+    assert (mixed <= 2e-14 + 4 * np.finfo(float).eps * make_golden.condition(GOLDEN, name)).all()
     found = np.asarray(ratio(V, X, implementation=implementation))
     assert np.abs(found / GOLDEN[f"{name}_ratio"] - 1).max() <= 4e-15
 
@@ -57,7 +48,7 @@ def test_single_precision(name, kind):
     # The same arguments in double precision.
     exact = np.asarray(log(v.astype(jnp.float64), x.astype(jnp.float64)))
     mixed = np.abs(np.asarray(found) - exact) / np.maximum(1, np.abs(exact))
-    assert (mixed <= 1e-6 + 4 * np.finfo(np.float32).eps * condition(name)).all()
+    assert (mixed <= 1e-6 + 4 * np.finfo(np.float32).eps * make_golden.condition(GOLDEN, name)).all()
     exact = np.asarray(ratio(v.astype(jnp.float64), x.astype(jnp.float64)))
     assert np.abs(np.asarray(ratio(v, x)) / exact - 1).max() <= 1.5e-6
 
@@ -65,7 +56,7 @@ def test_single_precision(name, kind):
 def test_first_derivatives(name):
     log, _, _ = FUNCTIONS[name]
     of_v, of_x = (np.asarray(jax.vmap(jax.grad(log, argument))(V, X)) for argument in range(2))
-    assert np.abs(of_x / by_x(name) - 1).max() <= 1e-12
+    assert np.abs(of_x / make_golden.by_x(GOLDEN, name) - 1).max() <= 1e-12
     expected = GOLDEN[f"{name}_by_v"]
     zero = V == 0
     assert np.abs(of_v[~zero] / expected[~zero] - 1).max() <= 1e-9
@@ -168,7 +159,7 @@ def test_the_published_method(name):
     log, ratio, _ = FUNCTIONS[name]
     exact = GOLDEN[f"{name}_log"]
     mixed = np.abs(np.asarray(log(V, X, mode="paper")) - exact) / np.maximum(1, np.abs(exact))
-    mixed = mixed - 8 * np.finfo(float).eps * condition(name)  # near logarithms that are 0
+    mixed = mixed - 8 * np.finfo(float).eps * make_golden.condition(GOLDEN, name)  # near logarithms that are 0
     fallback = (V < 12.7) & (X < 30)
     assert mixed[~fallback].max() < 1e-12
     assert mixed[fallback].max() < (2e-14 if name == "i" else 7e-10)

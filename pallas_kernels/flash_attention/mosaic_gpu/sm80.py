@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.core.device import Device
+from pallas_kernels.core.device import MMA_ARCHS, Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.mma import Ring, copies_of_device, product, store, tile_memory
 from pallas_kernels.flash_attention import tiles
@@ -56,12 +56,11 @@ from pallas_kernels.masks import Mask
 
 # Keys and values that blocks running together should share: less than half of the L2 cache of A100 and H100.
 _L2_BYTES = 2**24
-_ARCHS = ("sm80", "sm86", "sm87", "sm89", "sm90")
 Ref = Any
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
-    if device.platform != "gpu" or device.arch not in _ARCHS:
+    if device.platform != "gpu" or device.arch not in MMA_ARCHS:
         return Refusal(f"it is for NVIDIA GPUs of Ampere, Ada and Hopper, and this is {device}")
     s = call.sizes
     dtype = call.arguments[0].dtype
