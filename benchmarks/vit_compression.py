@@ -145,12 +145,16 @@ def _rows(file: Path) -> list[CompressionRow]:
     return rows.read(file, CompressionRow) if file.is_file() else []
 
 
+def _in_order(found: list[CompressionRow]) -> list[CompressionRow]:
+    order = {name: i for i, name in enumerate(VARIANTS)}
+    return sorted(found, key=lambda row: order.get(row.variant, len(order)))
+
+
 def table(found: list[CompressionRow]) -> str:
     """Markdown: accuracy of the mean seed, its spread, and bytes."""
     dense = next((float(row.accuracy) for row in found if row.variant == "dense"), float("nan"))
     lines = ["| variant | accuracy | of the seeds | against dense | bytes | times fewer |", "|---|---|---|---|---|---|"]
-    order = {name: i for i, name in enumerate(VARIANTS)}
-    for row in sorted(found, key=lambda row: order.get(row.variant, len(order))):
+    for row in _in_order(found):
         accuracy = float(row.accuracy)
         spread = f"{float(row.lowest):.1%} to {float(row.highest):.1%}"
         nbytes = f"{int(row.bytes):,}" if row.bytes else ""
@@ -160,16 +164,19 @@ def table(found: list[CompressionRow]) -> str:
 
 
 def plot(found: list[CompressionRow], file: Path) -> None:
-    """Accuracy against bytes of all that have them."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    """Accuracy of what has a size, a line each, the smallest first, in a colour for its bytes."""
+    sized = [row for row in _in_order(found) if row.bytes]
+    sizes = sorted({int(row.bytes) for row in sized})
+    sized.sort(key=lambda row: int(row.bytes))
+    figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
-    for row in found:
-        if row.bytes:
-            low, middle, high = (100 * float(getattr(row, name)) for name in ("lowest", "accuracy", "highest"))
-            size = int(row.bytes) / 1e6
-            axes.errorbar(size, middle, [[middle - low], [high - middle]], fmt="o", capsize=3)
-            axes.annotate(row.variant, (size, middle), textcoords="offset points", xytext=(5, 3), fontsize=6)
-    axes.set(xscale="log", xlabel="megabytes", ylabel="accuracy, %", title="ViT on MNIST 5k, few labels")
+    for line, row in enumerate(sized):
+        low, middle, high = (100 * float(getattr(row, name)) for name in ("lowest", "accuracy", "highest"))
+        colour = f"C{sizes.index(int(row.bytes))}"
+        axes.errorbar(middle, line, xerr=[[middle - low], [high - middle]], fmt="o", capsize=3, color=colour)
+    axes.set_yticks(range(len(sized)), [f"{row.variant}, {int(row.bytes) / 1e6:.2f} MB" for row in sized], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy, %: mean, lowest and highest seed", title="ViT on MNIST 5k, few labels")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
 
