@@ -5,9 +5,12 @@
     (rewritten by python -m benchmarks.table)
     <!-- end benchmarks -->
 
-`models` in the place of an operation shows whole models, `decoding` their decode steps alone, `fastattention_operator`,
-and so on, a part of what benchmarks/fastattention.py measures. Without arguments it takes every Markdown file of the
-repository; `--check` changes nothing and exits with 1 if a table is not what the results say.
+`models` in the place of an operation shows whole models, `decoding` their decode steps alone, `vit` vision
+transformers, `fastattention_operator`, and so on, a part of what benchmarks/fastattention.py measures. The second word
+begins the name of the file of results; `compression vit` shows what compressing vision transformers is worth.
+
+Without arguments it takes every Markdown file of the repository; `--check` changes nothing and exits with 1 if a table
+is not what the results say.
 """
 
 import argparse
@@ -19,7 +22,8 @@ from pathlib import Path
 
 from benchmarks import rows
 from benchmarks.baselines import BASELINES
-from benchmarks.rows import ModelRow, PaperRow, Row, number
+from benchmarks.rows import CompressionRow, ModelRow, PaperRow, Row, VitRow, number
+from benchmarks.vit_compression import in_order
 
 _MARKED = re.compile(
     r"(?P<begin><!-- benchmarks: (?P<what>\w+) (?P<device>\w+) -->\n).*?(?P<end><!-- end benchmarks -->)", re.S
@@ -60,6 +64,10 @@ def fill(text: str, results: Path) -> str:
             measured = rows.read(results / f"{device}_models.csv", ModelRow)
             wanted = [row for row in measured if (row.phase == "decode_step") == (what == "decoding")]
             lines = decoding_table(wanted) if what == "decoding" else model_table(wanted)
+        elif what == "vit":
+            lines = vit_table(rows.read(results / f"{device}_vit.csv", VitRow))
+        elif what == "compression":
+            lines = compression_table(rows.read(results / f"{device}_compression.csv", CompressionRow))
         elif what.startswith("fastattention_"):
             measured = rows.read(results / f"{device}_fastattention.csv", PaperRow)
             lines = paper_table(measured, what.removeprefix("fastattention_"))
@@ -146,6 +154,33 @@ def decoding_table(measured: Sequence[ModelRow]) -> list[str]:
             [f"`{row.model}`", shape, row.implementation, row.median_ms, row.tokens_per_second, row.gbs, ratio]
         )
         cells[-1].append(row.commit)
+    return markdown(header, cells)
+
+
+def vit_table(measured: Sequence[VitRow]) -> list[str]:
+    """Vision transformers, each beside itself in float32."""
+    float32 = {(row.model, row.batch): float(row.busy_us) for row in measured if row.variant == "float32"}
+    header = ["model", "images", "variant", "busy, µs", "wall, µs", "images/s", "times float32", "error", "commit"]
+    cells = []
+    for row in measured:
+        before = float32.get((row.model, row.batch))
+        ratio = number(before / float(row.busy_us), 3) if before else ""
+        times = [row.busy_us, row.wall_us, row.images_per_s, ratio]
+        cells.append([f"`{row.model}`", row.batch, row.variant, *times, row.error, row.commit])
+    return markdown(header, cells)
+
+
+def compression_table(measured: Sequence[CompressionRow]) -> list[str]:
+    """Accuracy of the mean seed, its spread, what it lost or won in points, and bytes."""
+    dense = next((float(row.accuracy) for row in measured if row.variant == "dense"), None)
+    header = ["variant", "accuracy", "of the seeds", "points", "bytes", "times fewer", "commit"]
+    cells = []
+    for row in in_order(measured):
+        accuracy = float(row.accuracy)
+        spread = f"{float(row.lowest):.1%} to {float(row.highest):.1%}"
+        points = f"{100 * (accuracy - dense):+.1f}" if dense is not None else ""
+        nbytes = f"{int(row.bytes):,}" if row.bytes else ""
+        cells.append([row.variant, f"{accuracy:.1%}", spread, points, nbytes, row.ratio, row.commit])
     return markdown(header, cells)
 
 

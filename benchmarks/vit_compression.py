@@ -3,11 +3,11 @@
 
     python -m benchmarks.vit_compression                     all variants that have no row yet, several seeds each
     python -m benchmarks.vit_compression --only='int4*'      some of them, and what they start from
-    python -m benchmarks.vit_compression --table --plot      the README's table and picture of the rows
+    python -m benchmarks.vit_compression --plot              a picture of the rows
 
 Each variant is a command of train.py, printed when it is done; its folder stays in --runs, so that a run that was
 stopped goes on with the next variant. Several run at a time (--jobs): one compiles while another trains.
-Rows go to benchmarks/results/vit_compression.csv.
+Rows go to benchmarks/results/vit_compression.csv, and by `python -m benchmarks.table` to docs/performance.md.
 
 MNIST's 5000 images, of which 1000 are for testing; of the others few have a label, so that there is something to lose.
 """
@@ -78,12 +78,8 @@ VARIANTS: dict[str, tuple[str | None, tuple[str, ...]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
-    if options.table or options.plot:
-        found = _rows(options.out)
-        if options.table:
-            print(table(found))
-        if options.plot:
-            plot(found, PICTURE)
+    if options.plot:
+        plot(_rows(options.out), PICTURE)
         return 0
     # Processes that share a device take of its memory what they need.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -145,35 +141,22 @@ def _rows(file: Path) -> list[CompressionRow]:
     return rows.read(file, CompressionRow) if file.is_file() else []
 
 
-def _in_order(found: list[CompressionRow]) -> list[CompressionRow]:
-    order = {name: i for i, name in enumerate(VARIANTS)}
-    return sorted(found, key=lambda row: order.get(row.variant, len(order)))
+def in_order(found: Sequence[CompressionRow]) -> list[CompressionRow]:
+    """Rows in the order of VARIANTS; they were written as their training ended."""
+    order = list(VARIANTS)
+    return sorted(found, key=lambda row: order.index(row.variant))
 
 
-def table(found: list[CompressionRow]) -> str:
-    """Markdown: accuracy of the mean seed, its spread, and bytes."""
-    dense = next((float(row.accuracy) for row in found if row.variant == "dense"), float("nan"))
-    lines = ["| variant | accuracy | of the seeds | against dense | bytes | times fewer |", "|---|---|---|---|---|---|"]
-    for row in _in_order(found):
-        accuracy = float(row.accuracy)
-        spread = f"{float(row.lowest):.1%} to {float(row.highest):.1%}"
-        nbytes = f"{int(row.bytes):,}" if row.bytes else ""
-        cells = (row.variant, f"{accuracy:.1%}", spread, f"{100 * (accuracy - dense):+.1f}", nbytes, row.ratio)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def plot(found: list[CompressionRow], file: Path) -> None:
+def plot(found: Sequence[CompressionRow], file: Path) -> None:
     """Accuracy of what has a size, a line each, the smallest first, in a colour for its bytes."""
-    sized = [row for row in _in_order(found) if row.bytes]
-    sizes = sorted({int(row.bytes) for row in sized})
-    sized.sort(key=lambda row: int(row.bytes))
+    sized = sorted((row for row in in_order(found) if row.bytes), key=lambda row: int(row.bytes))
+    sizes = list(dict.fromkeys(row.bytes for row in sized))
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
     for line, row in enumerate(sized):
-        low, middle, high = (100 * float(getattr(row, name)) for name in ("lowest", "accuracy", "highest"))
-        colour = f"C{sizes.index(int(row.bytes))}"
-        axes.errorbar(middle, line, xerr=[[middle - low], [high - middle]], fmt="o", capsize=3, color=colour)
+        low, middle, high = (100 * float(share) for share in (row.lowest, row.accuracy, row.highest))
+        spread = [[middle - low], [high - middle]]
+        axes.errorbar(middle, line, xerr=spread, fmt="o", capsize=3, color=f"C{sizes.index(row.bytes)}")
     axes.set_yticks(range(len(sized)), [f"{row.variant}, {int(row.bytes) / 1e6:.2f} MB" for row in sized], fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel="accuracy, %: mean, lowest and highest seed", title="ViT on MNIST 5k, few labels")
@@ -193,7 +176,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="of each stage")
     parser.add_argument("--dense_steps", type=int, default=1000, help="of the dense models")
     parser.add_argument("--labels_per_class", type=int, default=40, help="images whose label is known; 0 for all")
-    parser.add_argument("--table", action="store_true", help="print the table and stop")
     parser.add_argument("--plot", action="store_true", help=f"draw {PICTURE.name} and stop")
     return parser.parse_args(argv)
 

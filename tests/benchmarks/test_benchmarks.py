@@ -28,6 +28,7 @@ from benchmarks import (
     run,
     table,
     timing,
+    vit_compression,
 )
 from pallas_kernels import masks
 from pallas_kernels.core import device
@@ -290,6 +291,29 @@ def test_tables_are_written_between_markers(tmp_path):
     ]
     assert table.fill(filled, tmp_path) == filled
     assert "\nNot measured yet.\n" in table.fill(text.replace("flash", "decode"), tmp_path)
+
+
+def test_tables_of_vision_transformers(tmp_path):
+    where = {"commit": "abcdef01", "jax": "0.11.2", "device": "H100"}
+    times = {"images_per_s": "1", "error": "0.01", "timing": "cupti", **where}
+    slow = rows.VitRow(model="vit", batch="1", variant="float32", wall_us="90", busy_us="60", **times)
+    fast = dataclasses.replace(slow, variant="int8", busy_us="40")
+    rows.append(tmp_path / "h100_vit.csv", [slow, fast])
+    small = rows.CompressionRow("int8", "0.9100", "0.9000", "0.9200", "1250", "3.2", "9", **where)
+    dense = dataclasses.replace(small, variant="dense", accuracy="0.9150", bytes="4000", ratio="")
+    rows.append(tmp_path / "vit_compression.csv", [small, dense])  # as they ended, not in the order of the table
+    marks = [f"<!-- benchmarks: {what} -->\n<!-- end benchmarks -->" for what in ("vit h100", "compression vit")]
+    filled = table.fill("\n".join(marks), tmp_path).splitlines()
+    assert filled[3:5] == [
+        "| `vit` | 1 | float32 | 60 | 90 | 1 | 1 | 0.01 | abcdef01 |",
+        "| `vit` | 1 | int8 | 40 | 90 | 1 | 1.5 | 0.01 | abcdef01 |",
+    ]
+    assert filled[9:11] == [
+        "| dense | 91.5% | 90.0% to 92.0% | +0.0 | 4,000 |  | abcdef01 |",
+        "| int8 | 91.0% | 90.0% to 92.0% | -0.5 | 1,250 | 3.2 | abcdef01 |",
+    ]
+    vit_compression.plot([small, dense], tmp_path / "vit_compression.png")
+    assert (tmp_path / "vit_compression.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_plot(tmp_path):
