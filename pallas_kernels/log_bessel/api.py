@@ -122,8 +122,8 @@ def _public(
     shape = jnp.broadcast_shapes(jnp.shape(v), jnp.shape(x))
     arguments = tuple(Argument(label, kind.name, (("n", math.prod(shape)),)) for label in "vx")
     call = Call(OP, arguments, (("function", name), ("mode", mode), ("large_order", large_order or None)))
-    plan = _Plan(dispatch.choose(call, implementation).name, first, mode, large_order)
-    return _everywhere(plan, wanted, *(jnp.broadcast_to(jnp.asarray(given, kind), shape) for given in (v, x)))
+    plan = _Plan(dispatch.choose(call, implementation).name, first, mode, large_order, wanted)
+    return _everywhere(plan, *(jnp.broadcast_to(jnp.asarray(given, kind), shape) for given in (v, x)))
 
 
 class _Plan(NamedTuple):
@@ -131,50 +131,53 @@ class _Plan(NamedTuple):
     first: bool  # I, not K
     mode: Mode
     large_order: bool  # known to be, when the program is made
+    wanted: Literal["log", "ratio", "both"]
+
+    def keep(self, found: Found) -> Any:
+        return found if self.wanted == "both" else getattr(found, self.wanted)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _everywhere(plan: _Plan, wanted: Literal["log", "ratio"], v: jax.Array, x: jax.Array) -> jax.Array:
-    """Also where the expressions are not: negative orders, 0, infinities and NaN. A program of its own for each of the
-    two: what only the other takes is not computed."""
+@functools.partial(jax.jit, static_argnums=0)
+def _everywhere(plan: _Plan, v: jax.Array, x: jax.Array) -> jax.Array:
+    """Also where the expressions are not: negative orders, 0, infinities and NaN."""
     inside = (x > 0) & jnp.isfinite(x) & jnp.isfinite(v)
     size = jnp.abs(v)
-    log, ratio = _inside(plan, jnp.where(inside, size, 1), jnp.where(inside, x, 1))
+    value = _inside(plan, jnp.where(inside, size, 1), jnp.where(inside, x, 1))
     inf = jnp.full_like(x, jnp.inf)
     wrong = (x < 0) | jnp.isnan(x) | jnp.isnan(v) | (jnp.isinf(v) & jnp.isinf(x))
     endless = jnp.isinf(v)
-    if wanted == "ratio":
-        value, outside = ratio, jnp.where((x == 0) | endless, jnp.zeros_like(x) if plan.first else inf, 1)
+    if plan.wanted == "ratio":
+        outside = jnp.where((x == 0) | endless, jnp.zeros_like(x) if plan.first else inf, 1)
         wrong = wrong | (v < 0)
     elif plan.first:
-        value = log
         outside = jnp.where(x == 0, jnp.where(v == 0, 0, -inf), jnp.where(endless, -inf, inf))
         wrong = wrong | ((v < 0) & (jnp.floor(v) != v))
     else:
-        value, outside = log, jnp.where((x == 0) | endless, inf, -inf)
+        outside = jnp.where((x == 0) | endless, inf, -inf)
     return jnp.where(wrong, jnp.nan, jnp.where(inside, value, outside))
 
 
-def _evaluate(plan: _Plan, v: jax.Array, x: jax.Array) -> Found:
+def _evaluate(plan: _Plan, v: jax.Array, x: jax.Array) -> Any:
     if plan.mode == "paper":
-        return published.evaluate(v, x, first=plan.first)
+        return plan.keep(published.evaluate(v, x, first=plan.first))
     module: Any = dispatch.load(OP, plan.implementation)
-    return module.evaluate(v, x, first=plan.first, large_order=plan.large_order)
+    return module.evaluate(v, x, first=plan.first, keep=plan.keep, large_order=plan.large_order)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _with_derivatives(plan: _Plan, v: jax.Array, x: jax.Array) -> Found:
+def _with_derivatives(plan: _Plan, v: jax.Array, x: jax.Array) -> Any:
     return _evaluate(plan, v, x)
 
 
-_inside: Callable[[_Plan, jax.Array, jax.Array], Found] = cast(Any, _with_derivatives)
+_inside: Callable[[_Plan, jax.Array, jax.Array], Any] = cast(Any, _with_derivatives)
 
 
 @functools.partial(_with_derivatives.defjvp, symbolic_zeros=True)
-def _derivatives(plan: _Plan, primals: tuple, tangents: tuple) -> tuple[Found, Found]:
+def _derivatives(plan: _Plan, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     v, x = primals
     of_v, of_x = tangents
-    found = _inside(plan, v, x)  # itself with derivatives, for those of higher order
+    both = plan._replace(wanted="both")
+    found: Found = _inside(both, v, x)  # itself with derivatives, for those of higher order
     ratio, sign = found.ratio, 1.0 if plan.first else -1.0
     log_dot, ratio_dot = jnp.zeros_like(x), jnp.zeros_like(x)
     if not isinstance(of_x, SymbolicZero):
@@ -182,6 +185,6 @@ def _derivatives(plan: _Plan, primals: tuple, tangents: tuple) -> tuple[Found, F
         ratio_dot = ratio_dot + sign * (1 - ratio * ratio - sign * (2 * v + 1) * ratio / x) * of_x
     if not isinstance(of_v, SymbolicZero):
         # Of the expression that was taken.
-        by_v = jax.jvp(lambda v: _evaluate(plan, v, x), (v,), (jnp.ones_like(v),))[1]
+        by_v = jax.jvp(lambda v: _evaluate(both, v, x), (v,), (jnp.ones_like(v),))[1]
         log_dot, ratio_dot = log_dot + by_v.log * of_v, ratio_dot + by_v.ratio * of_v
-    return found, Found(log_dot, ratio_dot)
+    return plan.keep(found), plan.keep(Found(log_dot, ratio_dot))

@@ -1,39 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """log I_v(x), log K_v(x), and the ratios of orders v + 1 and v, each by an expression that is exact where it is taken.
 
-    large     c = sqrt(v^2 + x^2) >= 24     Debye's expansion, in powers of 1 / c
-    series    c < 24, I                     the ascending series
-    integral  c < 24, K                     integral_0^inf exp(-x cosh s) cosh(v s) ds, trapezoid
-    tiny      x < 1e-8, K                   the series' first terms: nodes of the integral would be far apart
+    large       c = sqrt(v^2 + x^2) >= 24     Debye's expansion, in powers of 1 / c; fewer terms where c is larger
+    ascending   c < 24, I                     the ascending series
+    recurrence  c < 24, K                     orders up from |m| <= 1/2, m = v - n:
+                                                x < 1.5  Temme's series        else  trapezoid of the integral over cosh
 
 With t = v / c Debye's sum over u_k(t) / v^k is one over P_k(t^2) / c^k: nothing in it minds v = 0, where it is Hankel's
 expansion for large x. So one expression serves where the published selection has six, to 5e-16 of the ratios.
 
 No value is formed that overflows; x > 0 and v >= 0 are finite, and what is outside of an expression's region gives
-something finite, so that derivatives of a selection are.
+something finite, so that derivatives of a selection are. There is no loop and no branch: an expression is the same code
+in a kernel and outside.
 
-Sources: NIST Digital Library of Mathematical Functions, 10.25.2, 10.32.9, 10.41(ii); Plesner et al., "Accurate
-Computation of the Logarithm of Modified Bessel Functions on GPUs", 2024.
+Sources: NIST Digital Library of Mathematical Functions, 10.25.2, 10.29.1, 10.32.9, 10.41(ii); N. M. Temme, "On the
+numerical evaluation of the modified Bessel function of the third kind", 1975; Plesner et al., "Accurate Computation of
+the Logarithm of Modified Bessel Functions on GPUs", 2024.
 """
 
 import math
-from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels.log_bessel.debye import polynomials
+from pallas_kernels.log_bessel.elementary import (
+    cosh_less_1,
+    exp,
+    horner,
+    log,
+    log1p,
+    reciprocal_gamma,
+    sinh_over,
+    upper_half,
+)
 
-LARGE, TINY = 24.0, 1e-8
-TERMS = 16  # of Debye's expansion: what follows is 1e-16 at c = 24
-ASCENDING = 48  # terms of the series, for x < 24
-NODES, TOGETHER = 128, 8  # of the integral
-LEFT_OUT = 36.0  # and e^-36 of its largest value
-# gamma, zeta(3) / 3, zeta(5) / 5, zeta(7) / 7: of (lgamma(1 - v) - lgamma(1 + v)) / (2 v).
-_ODD = (0.5772156649015329, 0.40068563438653143, 0.20738555102867398, 0.1440498967691467)
+LARGE = 24.0
+ORDERS = 24  # steps of a recurrence, for orders below LARGE
+TEMME_BELOW = 1.5
+ZERO = Fraction("1.50887956153831992890988448816")  # of sqrt(1 + s^2) - s asinh(s): log I and log K are near 0 at v = ZERO x
 
 
 class Found(NamedTuple):
@@ -43,102 +51,156 @@ class Found(NamedTuple):
     ratio: jax.Array
 
 
-def large(v: jax.Array, x: jax.Array, *, first: bool) -> Found:
+class Effort(NamedTuple):
+    """What a type's digits need: numbers of terms, where the next is below them."""
+
+    debye: tuple[tuple[float, int], ...]  # (least c, terms of Debye's expansion)
+    ascending: int
+    temme: int
+    nodes: int
+    near_zero: int  # terms about ZERO
+
+
+def effort(dtype: jax.typing.DTypeLike) -> Effort:
+    if jnp.dtype(dtype) == jnp.float64:
+        return Effort(((LARGE, 16), (100.0, 8), (1200.0, 4)), 48, 10, 16, 18)
+    return Effort(((LARGE, 4),), 34, 6, 8, 8)
+
+
+def large(v: jax.Array, x: jax.Array, *, first: bool, terms: int) -> Found:
     """I, or with first=False K, where c is large.
 
     log I ~ c - v asinh(v / x) - log(2 pi c) / 2 + log(1 + sum P_k(t^2) / c^k)
     log K ~ v asinh(v / x) - c + log(pi / (2 c)) / 2 + log(1 + sum P_k(t^2) / (-c)^k)
     """
     sign = 1.0 if first else -1.0
-    of_u, of_w = polynomials(TERMS)
-    c = jnp.hypot(v, x)
+    of_u, of_w = polynomials(terms)
+    c = hypot(v, x)
     t2, step = jnp.square(v / c), sign / c
     total, rest = jnp.zeros_like(c), jnp.zeros_like(c)
     for p, w in zip(of_u[::-1], of_w[::-1], strict=True):
         total, rest = (total + horner(p, t2)) * step, (rest + horner(w, t2)) * step
     constant = -0.5 * math.log(2 * math.pi) if first else 0.5 * math.log(math.pi / 2)
-    log = sign * (c - v * jnp.arcsinh(v / x)) + constant - 0.5 * jnp.log(c) + jnp.log1p(total)
+    found = sign * _exponent(v, x, c) + constant - 0.5 * log(c / jnp.square(1 + total))
     # From the expansion of the derivative, whose difference from v / x is taken by hand.
     ratio = (x / (c + v) if first else (c + v) / x) - x / c * rest / (1 + total)
-    return Found(log, ratio)
+    return Found(found, ratio)
 
 
-def series(v: jax.Array, x: jax.Array) -> Found:
-    """I: sum_k (x / 2)^(v + 2 k) / (k! Gamma(v + k + 1)), over its first term; <2 k> / x is the ratio."""
+def _exponent(v: jax.Array, x: jax.Array, c: jax.Array) -> jax.Array:
+    """c - v asinh(v / x), to the last digit also where the two are nearly the same."""
+    far = c - v * log1p(v * (1 + v / (c + x)) / x)
+    # x g(s), s = v / x, by powers of d = s - ZERO. v - x ZERO: a product of upper halves is exact, and then the difference.
+    unit = 1 << (26 if x.dtype == jnp.float64 else 12)
+    zero = math.floor(ZERO * unit) / unit
+    high = upper_half(x)
+    d = (((v - high * zero) - (x - high) * zero) - x * float(ZERO - Fraction(zero))) / x
+    near = jnp.abs(d) < 0.17
+    d = jnp.where(near, d, 0)
+    return jnp.where(near, x * (d * horner(_about_zero(effort(x.dtype).near_zero), d)), far)
+
+
+def _about_zero(terms: int) -> list[float]:
+    """Of g / d: g' = -asinh, g'' = -(1 + s^2)^(-1/2) = -y, whose own coefficients follow from (1 + s^2) y' + s y = 0."""
+    zero = float(ZERO)
+    y = [1 / math.hypot(1, zero)]
+    for k in range(terms):
+        y.append(-((2 * k + 1) * zero * y[k] + (k * y[k - 1] if k else 0)) / ((1 + zero**2) * (k + 1)))
+    return [-math.asinh(zero), *(-a / ((k + 1) * (k + 2)) for k, a in enumerate(y[:terms]))]
+
+
+def ascending(v: jax.Array, x: jax.Array) -> Found:
+    """I: (x / 2)^v / Gamma(v + 1) sum_k q^k / (k! (v + 1) ... (v + k)), q = x^2 / 4; <2 k> / x is the ratio."""
     q = jnp.square(x) / 4
-
-    def add(k: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        term, total, weighted = carry
-        k = jnp.asarray(k, x.dtype)
-        term = term * q / (k * (k + v))
-        return term, total + term, weighted + k * term
-
-    zero = jnp.zeros_like(x)
-    _, total, weighted = lax.fori_loop(1, ASCENDING + 1, add, (jnp.ones_like(x), zero, zero), unroll=TOGETHER)
+    scale = 1 / 256  # of q and of the divisors: their product stays within float32's range
+    scaled = q * scale
+    # Innermost first, numerators over the divisors' product: sum = n / d, q d(sum)/dq = w / d.
+    divisors, rest, weighted = jnp.ones_like(x), jnp.zeros_like(x), jnp.zeros_like(x)
+    for k in range(effort(x.dtype).ascending, 0, -1):
+        weighted = scaled * (divisors + rest + weighted)
+        rest = scaled * (divisors + rest)
+        divisors = divisors * (v * (k * scale) + k * k * scale)
+    s = rest / divisors
+    ratio = 2 * weighted / ((divisors + rest) * x)
     # The sum starts with q / (1 + v): so small an x that q is 0 keeps its ratio.
-    ratio = jnp.where(q < 1e-16, x / 2 / (1 + v), 2 * weighted / (1 + total) / x)
-    return Found(v * jnp.log(x / 2) - log_gamma_1p(v) + jnp.log1p(total), ratio)
+    ratio = jnp.where(q < 1e-16, x / 2 / (1 + v), ratio)
+    m, n = _nearest(v)
+    even, odd = reciprocal_gamma(m)
+    g = even + m * odd
+    # Gamma(v + 1) = Gamma(1 + m) (m + 1) ... (m + n)
+    product = jnp.ones_like(x)
+    for k in range(1, ORDERS + 1):
+        product = jnp.where(k <= n, product * (m + k), product)
+    # (1 + s) (1 + g) of orders near 0, where both are small, keeps the digits that 1 + y loses.
+    y = s + g + s * g
+    u = jnp.where(n == 0, 1 + y, (1 + s) * (1 + g) / product)
+    return Found(v * log(x / 2) + log(u, jnp.where(n == 0, y, u - 1)), ratio)
 
 
-def integral(v: jax.Array, x: jax.Array) -> Found:
-    """K. Averages over exp(-x cosh s) cosh(v s): v / x + <cosh s> is the ratio."""
-    c, peak = jnp.hypot(v, x), jnp.arcsinh(v / x)
-    last = peak + jnp.arccosh(1 + LEFT_OUT / c)
-    first = jnp.maximum(0, peak - (LEFT_OUT + c) / jnp.maximum(v, 1e-30))
-    # Nodes are not part of the derivative by v: the sum is right for any.
-    first, step, top = lax.stop_gradient((first, (last - first) / NODES, v * peak - c))
+class Start(NamedTuple):
+    """Of an order |m| <= 1/2, where the recurrence of K starts."""
 
-    def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        total, weighted = carry
-        s = first + jnp.asarray(i, x.dtype) * step
-        grown = jnp.exp(s)
-        cosh = (grown + 1 / grown) / 2
-        weight = jnp.exp(v * s - x * cosh - top) * (1 + jnp.exp(-2 * v * s))
-        weight = jnp.where(i == 0, weight / 2, weight)
-        return total + weight, weighted + weight * cosh
-
-    zero = jnp.zeros_like(x)
-    total, weighted = lax.fori_loop(0, NODES + 1, add, (zero, zero), unroll=TOGETHER)
-    return Found(top + jnp.log(total * step / 2), v / x + weighted / total)
+    k0: jax.Array  # K_m(x) e^scaled
+    k1: jax.Array  # K_{m+1}(x) e^scaled x / 2
+    scaled: jax.Array
 
 
-def tiny(v: jax.Array, x: jax.Array) -> Found:
-    """K where x^2 is nothing beside 1: Gamma(v) (2 / x)^v / 2, and for v < 1 the same of -v subtracted."""
-    half = math.log(2) - jnp.log(x)
-    low = jnp.minimum(v, 0.9)
-    # Gamma(1 +- v) = exp(even -+ v odd): K = exp(even) sinh(v y) / v, y = log(2 / x) - odd.
-    small = jnp.minimum(low, 0.01)
-    square = jnp.square(small)
-    odd = horner(_ODD, square)
-    up, down = lax.lgamma(1 + low), lax.lgamma(1 - low)
-    odd = jnp.where(low < 0.01, odd, (down - up) / (2 * jnp.where(low < 0.01, 1, low)))
-    y = half - odd
-    vy = low * y
-    # log(sinh(v y) / v), of v y near 0 by its series.
-    near, far = jnp.minimum(vy, 0.1), jnp.maximum(vy, 0.1)
-    square = jnp.square(near)
-    of_near = jnp.log(y) + jnp.log1p(square / 6 * (1 + square / 20 * (1 + square / 42 * (1 + square / 72))))
-    of_far = far + jnp.log1p(-jnp.exp(-2 * far)) - jnp.log(2 * jnp.where(low > 0, low, 1))
-    below = (up + down) / 2 + jnp.where(vy < 0.1, of_near, of_far)
-    above = lax.lgamma(jnp.maximum(v, 0.5)) + v * half - math.log(2)
-    log = jnp.where(v < 0.9, below, above)
-    following = lax.lgamma(v + 1) + (v + 1) * half - math.log(2)  # of order v + 1
-    return Found(log, jnp.where(v < 0.9, jnp.exp(following - log), 2 * v / x))
+def temme(v: jax.Array, x: jax.Array) -> Start:
+    """x < 1.5: K_m = sum c_k f_k, K_{m+1} = 2 / x sum c_k (p_k - k f_k), c_k = (x^2 / 4)^k / k!."""
+    m, _ = _nearest(v)
+    even, odd = reciprocal_gamma(m)
+    up, down = 1 + even + m * odd, 1 + even - m * odd  # 1 / Gamma(1 + m), 1 / Gamma(1 - m)
+    l = -log(x / 2)
+    grown = exp(m * l)
+    p, q = grown / (2 * up), 1 / (2 * grown * down)
+    f = ((1 + even) * l * sinh_over(m * l, grown) - odd * (grown + 1 / grown) / 2) / (up * down)
+    c, quarter, square = jnp.ones_like(x), jnp.square(x) / 4, m * m
+    k0, k1 = f, p
+    for k in range(1, effort(x.dtype).temme + 1):
+        inverse = 1 / (k * k - square)
+        f = (k * f + p + q) * inverse
+        p, q = p * (k + m) * inverse, q * (k - m) * inverse
+        c = c * quarter * (1 / k)
+        k0, k1 = k0 + c * f, k1 + c * (p - k * f)
+    return Start(k0, k1, jnp.zeros_like(x))
 
 
-def log_gamma_1p(v: jax.Array) -> jax.Array:
-    """log Gamma(1 + v), v >= 0; near 0 to the last digit of itself, which lgamma is not."""
-    small = jnp.minimum(v, 0.05)
-    # -gamma v + sum_k zeta(k) (-v)^k / k
-    zeta = [1.6449340668482264, 1.2020569031595942, 1.0823232337111382, 1.0369277551433699, 1.0173430619844491]
-    zeta += [1.0083492773819228, 1.0040773561979443, 1.0020083928260822, 1.0009945751278181, 1.0004941886041195]
-    coefficients = [0.0, -_ODD[0], *((-1) ** k * z / k for k, z in enumerate(zeta, 2))]
-    return jnp.where(v < 0.05, horner(coefficients, small), lax.lgamma(1 + v))
+def trapezoid(v: jax.Array, x: jax.Array) -> Start:
+    """1.5 <= x < 24: K_m = integral_0^inf exp(-x cosh s) cosh(m s) ds, by a rule that is exact for such functions."""
+    m, _ = _nearest(v)
+    nodes = effort(x.dtype).nodes
+    # To where exp(-x (cosh s - 1)) is below the last digit, acosh(1 + 36 / x), within a percent.
+    h = lax.stop_gradient((9.75 if x.dtype == jnp.float64 else 8.0) / nodes / (jnp.sqrt(x) + 1.24))
+    # cosh(a (s + h)) = cosh(a s) + step, and the next step is larger by 2 (cosh(a h) - 1) cosh(a s): of positive terms.
+    growth = [2 * cosh_less_1(a * h) for a in (jnp.ones_like(m), m, m + 1)]
+    cosh, even, odd = growth[0] / 2, 1 + growth[1] / 2, 1 + growth[2] / 2  # cosh(s) - 1, cosh(m s), cosh((m + 1) s)
+    steps = [cosh, growth[1] / 2, growth[2] / 2]
+    k0, k1 = jnp.full_like(x, 0.5), jnp.full_like(x, 0.5)
+    for _ in range(nodes):
+        weight = exp(-x * cosh)
+        k0, k1 = k0 + weight * even, k1 + weight * odd
+        steps = [s + g * c for s, g, c in zip(steps, growth, (1 + cosh, even, odd), strict=True)]
+        cosh, even, odd = cosh + steps[0], even + steps[1], odd + steps[2]
+    return Start(k0 * h, k1 * h * x / 2, x)
 
 
-def horner(coefficients: Sequence[float], y: jax.Array) -> jax.Array:
-    """Of ascending coefficients."""
-    out = jnp.full_like(y, coefficients[-1])
-    for a in coefficients[-2::-1]:
-        out = out * y + np.asarray(a, y.dtype)
-    return out
+def recurrence(v: jax.Array, x: jax.Array, start: Start) -> Found:
+    """K. With P_k = K_{m+k} (x / 2)^k, P_{k+1} = (m + k) P_k + x^2 / 4 P_{k-1}: nothing that overflows, no division."""
+    m, n = _nearest(v)
+    quarter = jnp.square(x) / 4
+    this, following = start.k0, start.k1
+    for k in range(1, ORDERS + 1):
+        up = k <= n
+        this, following = jnp.where(up, following, this), jnp.where(up, (m + k) * following + quarter * this, following)
+    return Found(log(this) - n * log(x / 2) - start.scaled, following / this * 2 / x)
+
+
+def _nearest(v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(m, n) with v = m + n, n whole, |m| <= 1/2."""
+    n = jnp.floor(v + 0.5)
+    return v - n, n
+
+
+def hypot(v: jax.Array, x: jax.Array) -> jax.Array:
+    larger, smaller = jnp.maximum(v, x), jnp.minimum(v, x)
+    return larger * jnp.sqrt(1 + jnp.square(smaller / larger))

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.log_bessel.debye import polynomials
-from pallas_kernels.log_bessel.expressions import Found, horner
+from pallas_kernels.log_bessel.elementary import horner
+from pallas_kernels.log_bessel.expressions import Found
 
 ASCENDING, INTERVALS, POWER = 41, 600, 8
 

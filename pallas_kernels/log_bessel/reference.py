@@ -1,43 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
 """THE SPECIFICATION of log_bessel: every expression, and of each element the one whose region it is in."""
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
-from pallas_kernels.log_bessel.expressions import LARGE, TINY, Found, integral, large, series, tiny
+from pallas_kernels.log_bessel.expressions import (
+    LARGE,
+    TEMME_BELOW,
+    Found,
+    ascending,
+    effort,
+    hypot,
+    large,
+    recurrence,
+    temme,
+    trapezoid,
+)
 
-Compute = Callable[[jax.Array, Callable[[], Found]], Found]
+Compute = Callable[[], Any]
+When = Callable[[jax.Array, Compute, Compute | None], Any]  # (which elements, what to compute for them, what otherwise)
+Keep = Callable[[Found], Any]
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
     return None  # everything; "auto" never asks
 
 
-def evaluate(v: jax.Array, x: jax.Array, *, first: bool, large_order: bool = False) -> Found:
-    """I, or with first=False K, of v >= 0 and x > 0 of one shape; `large_order` changes nothing here."""
-    return by_region(v, x, lambda region, expression: expression(), first=first)
+def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order: bool = False) -> Any:
+    """I, or with first=False K, of v >= 0 and x > 0 of one shape, as much of it as is kept; `large_order` if no v is
+    below LARGE."""
+    return by_region(v, x, lambda elements, there, otherwise: there(), first=first, keep=keep, large_order=large_order)
 
 
-def by_region(v: jax.Array, x: jax.Array, compute: Compute, *, first: bool) -> Found:
-    """Each element by the expression of its region; `compute(region, expression)` is what calls them, all or some."""
-    far = jnp.hypot(v, x) >= LARGE
-    near_zero = ~far & (x < TINY)
+def by_region(v: jax.Array, x: jax.Array, when: When, *, first: bool, keep: Keep, large_order: bool) -> Any:
+    """Each element by the expression of its region. `when` decides what is computed: all, or what some element needs."""
+    c = hypot(v, x)
+    far = (c >= LARGE) | large_order
 
-    def there(region: jax.Array, expression: Callable[[jax.Array, jax.Array], Found], harmless: float) -> Found:
-        """Outside of the region of other arguments, so that no derivative there is NaN."""
-        return compute(region, lambda: expression(*(jnp.where(region, a, harmless) for a in (v, x))))
+    def debye(levels: tuple[tuple[float, int], ...]) -> Any:
+        """As many terms as the element with the least c needs."""
+        (_, terms), *fewer = levels
 
-    found = there(far, functools.partial(large, first=first), 2 * LARGE)
-    if first:
-        return _select(far, found, there(~far, series, 1))
-    close = _select(near_zero, there(near_zero, tiny, 1), there(~far & ~near_zero, integral, 1))
-    return _select(far, found, close)
+        def these() -> Any:
+            return keep(large(*_instead(far, v, x, 2 * LARGE), first=first, terms=terms))
+
+        return when(far & (c < fewer[0][0]), these, lambda: debye(tuple(fewer))) if fewer else these()
+
+    def near() -> Any:
+        safe = _instead(~far, v, x, 1)
+        return keep(ascending(*safe) if first else recurrence(*safe, start()))
+
+    def start() -> Any:
+        small = x < TEMME_BELOW
+        one = when(~far & small, lambda: temme(*_instead(~far & small, v, x, 1)), None)
+        other = when(~far & ~small, lambda: trapezoid(*_instead(~far & ~small, v, x, 2)), None)
+        return _select(small, one, other)
+
+    if large_order:
+        return debye(effort(x.dtype).debye)
+    return _select(far, when(far, lambda: debye(effort(x.dtype).debye), None), when(~far, near, None))
 
 
-def _select(region: jax.Array, there: Found, elsewhere: Found) -> Found:
-    return Found(*(jnp.where(region, a, b) for a, b in zip(there, elsewhere, strict=True)))
+def _instead(region: jax.Array, v: jax.Array, x: jax.Array, harmless: float) -> tuple[jax.Array, jax.Array]:
+    """Outside of the region other arguments, so that no derivative there is NaN."""
+    return jnp.where(region, v, harmless), jnp.where(region, x, harmless)
+
+
+def _select(region: jax.Array, there: Any, elsewhere: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(region, a, b), there, elsewhere)

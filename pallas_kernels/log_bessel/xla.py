@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """log_bessel through XLA: the specification, without expressions that no element needs."""
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,37 @@ from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.log_bessel import reference
-from pallas_kernels.log_bessel.expressions import Found, large
+from pallas_kernels.log_bessel.reference import Compute, Keep
+
+BLOCK = 1 << 15  # elements that a CPU's caches hold, intermediate ones and all, and enough for a thread to be worth it
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
     return None  # everything
 
 
-def evaluate(v: jax.Array, x: jax.Array, *, first: bool, large_order: bool) -> Found:
-    """As `reference.evaluate`; `large_order` if no v is below LARGE."""
-    return large(v, x, first=first) if large_order else reference.by_region(v, x, _if_any, first=first)
+def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order: bool) -> Any:
+    """As `reference.evaluate`. On a CPU block by block."""
+
+    def compute(v: jax.Array, x: jax.Array) -> Any:
+        return reference.by_region(v, x, _if_any, first=first, keep=keep, large_order=large_order)
+
+    def in_blocks(v: jax.Array, x: jax.Array) -> Any:
+        whole = x.size // BLOCK * BLOCK
+        blocks = tuple(a.ravel()[:whole].reshape(-1, BLOCK) for a in (v, x))
+        found = jax.tree.map(jnp.ravel, lax.map(lambda block: compute(*block), blocks))
+        if whole < x.size:
+            rest = compute(v.ravel()[whole:], x.ravel()[whole:])
+            found = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), found, rest)
+        return jax.tree.map(lambda a: a.reshape(x.shape), found)
+
+    if x.size <= BLOCK:
+        return compute(v, x)
+    return lax.platform_dependent(v, x, cpu=in_blocks, default=compute)
 
 
-def _if_any(region: jax.Array, expression: Callable[[], Found]) -> Found:
-    """An expression that no element needs is not computed."""
-    kind = jax.eval_shape(expression).log
+def _if_any(elements: jax.Array, there: Compute, otherwise: Compute | None) -> Any:
+    def nothing() -> Any:
+        return jax.tree.map(lambda a: vary_like(jnp.ones(a.shape, a.dtype), elements), jax.eval_shape(there))
 
-    def harmless() -> Found:
-        ones = vary_like(jnp.ones(kind.shape, kind.dtype), region)
-        return Found(ones, ones)
-
-    return lax.cond(jnp.any(region), expression, harmless)
+    return lax.cond(jnp.any(elements), there, otherwise or nothing)
