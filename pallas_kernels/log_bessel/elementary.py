@@ -7,6 +7,7 @@ Every function is elementwise, of one type, float32 or float64, and differentiab
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def horner(coefficients: Sequence[float], y: jax.Array) -> jax.Array:
 
 def reciprocal_gamma(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(even, odd) with 1 / Gamma(1 +- z) = 1 + even +- z odd, for |z| <= 1/2; odd is smooth where z is 0."""
-    count = 21 if z.dtype == jnp.float64 else 13
+    count = _kind(z).of(21, 13)
     square = z * z
     return square * horner(_RECIPROCAL_GAMMA[2:count:2], square), horner(_RECIPROCAL_GAMMA[1:count:2], square)
 
@@ -43,7 +44,7 @@ def reciprocal_gamma(z: jax.Array) -> tuple[jax.Array, jax.Array]:
 def cosh_less_1(y: jax.Array) -> jax.Array:
     """cosh(y) - 1 to the last digit, |y| <= 1."""
     square = y * y
-    return square * horner(_FACTORIALS[2 : 18 if y.dtype == jnp.float64 else 10 : 2], square)
+    return square * horner(_FACTORIALS[2 : _kind(y).of(18, 10) : 2], square)
 
 
 def sinh_over(y: jax.Array, grown: jax.Array) -> jax.Array:
@@ -51,7 +52,7 @@ def sinh_over(y: jax.Array, grown: jax.Array) -> jax.Array:
     near = jnp.abs(y) < 0.5
     close = jnp.where(near, y, 0)
     far = jnp.where(near, 1, y)
-    series = horner(_FACTORIALS[1 : 18 if y.dtype == jnp.float64 else 10 : 2], close * close)
+    series = horner(_FACTORIALS[1 : _kind(y).of(18, 10) : 2], close * close)
     return jnp.where(near, series, (grown - 1 / grown) / (2 * far))
 
 
@@ -61,68 +62,67 @@ def log1p(y: jax.Array) -> jax.Array:
 
 def log(u: jax.Array, less_1: jax.Array | None = None) -> jax.Array:
     """log(u), 0 < u, not subnormal; less_1 is u - 1 where the caller knows more digits of it, which count for u near 1."""
-    return _log(u, u - 1 if less_1 is None else less_1)
-
-
-@jax.custom_jvp
-def _log(u: jax.Array, less_1: jax.Array) -> jax.Array:
+    kind = _kind(u)
     # u = 2^e m, 1/sqrt(2) <= m < sqrt(2). A vector unit without conversions of 64-bit integers has e by writing it into
     # the last bits of 2^52 (2^23).
-    double = u.dtype == jnp.float64
-    whole, digits, bias = (jnp.int64, 52, 1023) if double else (jnp.int32, 23, 127)
-    one, least = _bits(1.0, u.dtype), _bits(math.sqrt(0.5), u.dtype)
-    bits = lax.bitcast_convert_type(u, whole)
-    biased = lax.shift_right_logical(bits + (one - least), whole(digits))
-    e = lax.bitcast_convert_type(biased | _bits(2.0**digits, u.dtype), u.dtype) - (2.0**digits + bias)
-    m = lax.bitcast_convert_type(bits + one - lax.shift_left(biased, whole(digits)), u.dtype)
+    one, least = kind.bits(1.0), kind.bits(math.sqrt(0.5))
+    biased = lax.shift_right_logical(lax.bitcast_convert_type(u, kind.whole) + (one - least), kind.whole(kind.digits))
+    e = lax.bitcast_convert_type(biased | kind.bits(2.0**kind.digits), u.dtype) - (2.0**kind.digits + kind.bias)
+    m = u * lax.bitcast_convert_type(lax.shift_left(2 * kind.bias - biased, kind.whole(kind.digits)), u.dtype)
     # log m = 2 atanh(s), s = f / (2 + f), f = m - 1; f - (h - s (h + r)), h = f^2 / 2, rounds once what is large.
-    f = jnp.where(e == 0, less_1, m - 1)
+    f = jnp.where(e == 0, u - 1 if less_1 is None else less_1, m - 1)
     s = f / (2 + f)
     square = s * s
-    r = square * horner([2 / (2 * k + 1) for k in range(1, 11 if double else 5)], square)
+    r = square * horner([2 / (2 * k + 1) for k in range(1, kind.of(11, 5))], square)
     half = f * f / 2
-    # log 2, its first digits with zeros at their end: e times them is exact.
-    first = math.floor(math.log(2) * 2 ** (digits - 11)) / 2 ** (digits - 11)
-    rest = float(_LOG2 - Fraction(first))
-    return e * first - ((half - (s * (half + r) + e * rest)) - f)
+    return e * kind.log2 - ((half - (s * (half + r) + e * kind.log2_rest)) - f)
 
 
-@_log.defjvp
-def _of_log(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    return _log(*primals), tangents[0] / primals[0]
-
-
-def _bits(value: float, dtype: jax.typing.DTypeLike) -> int:
-    kind = np.dtype(dtype)
-    return int(np.asarray(value, kind).view(f"int{8 * kind.itemsize}"))
-
-
-@jax.custom_jvp
 def exp(y: jax.Array) -> jax.Array:
     """Of what neither overflows nor underflows, |y| < 700 (80)."""
-    double = y.dtype == jnp.float64
-    whole, digits, bias = (jnp.int64, 52, 1023) if double else (jnp.int32, 23, 127)
-    n = jnp.floor(y * (1 / math.log(2)) + 0.5)
-    first = math.floor(math.log(2) * 2 ** (digits - 11)) / 2 ** (digits - 11)
-    r = (y - n * first) - n * float(_LOG2 - Fraction(first))
+    kind = _kind(y)
+    n = lax.round(y * (1 / math.log(2)), lax.RoundingMethod.TO_NEAREST_EVEN)
+    r = (y - n * kind.log2) - n * kind.log2_rest
     # n + bias is in the last bits of that plus 2^52.
-    power = lax.shift_left(lax.bitcast_convert_type(n + (2.0**digits + bias), whole), whole(digits))
-    return horner(_FACTORIALS[: 14 if double else 7], r) * lax.bitcast_convert_type(power, y.dtype)
+    power = lax.shift_left(
+        lax.bitcast_convert_type(n + (2.0**kind.digits + kind.bias), kind.whole), kind.whole(kind.digits)
+    )
+    return horner(_FACTORIALS[: kind.of(14, 7)], r) * lax.bitcast_convert_type(power, y.dtype)
 
 
-@exp.defjvp
-def _of_exp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    grown = exp(*primals)
-    return grown, grown * tangents[0]
-
-
-@jax.custom_jvp
 def upper_half(x: jax.Array) -> jax.Array:
-    """x without the last half of its digits, so that a product with as short a number is exact."""
-    whole, keep = (jnp.int64, -(1 << 27)) if x.dtype == jnp.float64 else (jnp.int32, -(1 << 12))
-    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, whole) & keep, x.dtype)
+    """x without the last half of its digits, so that a product with as short a number is exact. Constant to derivatives:
+    the lower half has them."""
+    kind = _kind(x)
+    keep = kind.whole(-(1 << kind.of(27, 12)))
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, kind.whole) & keep, x.dtype)
 
 
-@upper_half.defjvp
-def _of_upper_half(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return upper_half(*primals), jnp.zeros_like(primals[0])  # the lower half has it
+class _Kind(NamedTuple):
+    """A floating point type: integers of its size, digits behind its first, bias of its exponent."""
+
+    dtype: np.dtype
+    whole: Any
+    digits: int
+    bias: int
+
+    @property
+    def log2(self) -> float:
+        """Its first digits, with zeros at their end: an exponent times them is exact."""
+        unit = 1 << (self.digits - 11)
+        return math.floor(_LOG2 * unit) / unit
+
+    @property
+    def log2_rest(self) -> float:
+        return float(_LOG2 - Fraction(self.log2))
+
+    def bits(self, value: float) -> int:
+        return int(np.asarray(value, self.dtype).view(self.whole))
+
+    def of[T](self, double: T, single: T) -> T:
+        return double if self.digits == 52 else single
+
+
+def _kind(x: jax.Array) -> _Kind:
+    dtype = np.dtype(x.dtype)
+    return _Kind(dtype, np.int64, 52, 1023) if dtype == np.float64 else _Kind(dtype, np.int32, 23, 127)

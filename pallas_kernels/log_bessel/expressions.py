@@ -170,7 +170,7 @@ def trapezoid(v: jax.Array, x: jax.Array) -> Start:
     m, _ = _nearest(v)
     nodes = effort(x.dtype).nodes
     # To where exp(-x (cosh s - 1)) is below the last digit, acosh(1 + 36 / x), within a percent.
-    h = lax.stop_gradient((9.75 if x.dtype == jnp.float64 else 8.0) / nodes / (jnp.sqrt(x) + 1.24))
+    h = (9.75 if x.dtype == jnp.float64 else 8.0) / nodes / (jnp.sqrt(x) + 1.24)
     # cosh(a (s + h)) = cosh(a s) + step, and the next step is larger by 2 (cosh(a h) - 1) cosh(a s): of positive terms.
     growth = [2 * cosh_less_1(a * h) for a in (jnp.ones_like(m), m, m + 1)]
     cosh, even, odd = growth[0] / 2, 1 + growth[1] / 2, 1 + growth[2] / 2  # cosh(s) - 1, cosh(m s), cosh((m + 1) s)
@@ -197,7 +197,7 @@ def recurrence(v: jax.Array, x: jax.Array, start: Start) -> Found:
 
 def _nearest(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(m, n) with v = m + n, n whole, |m| <= 1/2."""
-    n = jnp.floor(v + 0.5)
+    n = lax.round(v, lax.RoundingMethod.TO_NEAREST_EVEN)
     return v - n, n
 
 

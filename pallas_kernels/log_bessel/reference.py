@@ -40,30 +40,38 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
 def by_region(v: jax.Array, x: jax.Array, when: When, *, first: bool, keep: Keep, large_order: bool) -> Any:
     """Each element by the expression of its region. `when` decides what is computed: all, or what some element needs."""
     c = hypot(v, x)
-    far = (c >= LARGE) | large_order
+
+    # Regions are asked for anew in each expression: kernels cannot take truth values into a branch, nor negate them.
+    def far() -> jax.Array:
+        return c >= LARGE
+
+    def below(least: float = 0.0, most: float = LARGE) -> jax.Array:
+        return (c < LARGE) & (x >= least) & (x < most)
 
     def debye(levels: tuple[tuple[float, int], ...]) -> Any:
         """As many terms as the element with the least c needs."""
         (_, terms), *fewer = levels
 
         def these() -> Any:
-            return keep(large(*_instead(far, v, x, 2 * LARGE), first=first, terms=terms))
+            arguments = (v, x) if large_order else _instead(far(), v, x, 2 * LARGE)
+            return keep(large(*arguments, first=first, terms=terms))
 
-        return when(far & (c < fewer[0][0]), these, lambda: debye(tuple(fewer))) if fewer else these()
+        return when(far() & (c < fewer[0][0]), these, lambda: debye(tuple(fewer))) if fewer else these()
 
     def near() -> Any:
-        safe = _instead(~far, v, x, 1)
+        safe = _instead(below(), v, x, 1)
         return keep(ascending(*safe) if first else recurrence(*safe, start()))
 
     def start() -> Any:
-        small = x < TEMME_BELOW
-        one = when(~far & small, lambda: temme(*_instead(~far & small, v, x, 1)), None)
-        other = when(~far & ~small, lambda: trapezoid(*_instead(~far & ~small, v, x, 2)), None)
-        return _select(small, one, other)
+        small, other = (lambda: below(most=TEMME_BELOW)), (lambda: below(least=TEMME_BELOW))
+        one = when(small(), lambda: temme(*_instead(small(), v, x, 1)), None)
+        two = when(other(), lambda: trapezoid(*_instead(other(), v, x, 2)), None)
+        return _select(x < TEMME_BELOW, one, two)
 
+    levels = effort(x.dtype).debye
     if large_order:
-        return debye(effort(x.dtype).debye)
-    return _select(far, when(far, lambda: debye(effort(x.dtype).debye), None), when(~far, near, None))
+        return debye(levels)
+    return _select(far(), when(far(), lambda: debye(levels), None), when(below(), near, None))
 
 
 def _instead(region: jax.Array, v: jax.Array, x: jax.Array, harmless: float) -> tuple[jax.Array, jax.Array]:

@@ -66,11 +66,10 @@ def test_first_derivatives(name):
 @pytest.mark.parametrize(
     ("which", "modes"),
     [
-        ("log", (jax.jacfwd, jax.jacfwd)),
         ("log", (jax.jacrev, jax.jacfwd)),
         ("ratio", (jax.jacfwd, jax.jacfwd)),
     ],
-    ids=["log_forward", "log_reverse", "ratio"],
+    ids=["log_reverse", "ratio_forward"],
 )
 def test_second_derivatives(name, which, modes):
     """Against differences of the reference sums, at 60 digits."""
