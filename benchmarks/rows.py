@@ -6,6 +6,7 @@ benchmarks/results/<device>_models.csv   whole models, one row a phase
 benchmarks/results/<device>_fastattention.csv   the claims of the FastAttention paper, one row a figure
 benchmarks/results/<device>_flat_gemm_sweep.csv   tiles of flat_gemm, one row a tile and size
 benchmarks/results/<device>_quantized_ablation.csv   loads and scales of quantized_matmul, one row a way and shape
+benchmarks/results/<device>_log_bessel.csv   log I and log K, one row a function, region, order, type and implementation
 benchmarks/results/<device>_vit.csv      vision transformers, one row a model, batch and variant
 benchmarks/results/vit_compression.csv   what compressing them is worth, one row a variant
 """
@@ -200,6 +201,40 @@ class AblationRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class BesselRow:
+    """One measurement of log I or log K.
+
+    Attributes:
+      function, region, order, dtype, implementation: what was measured; see benchmarks/log_bessel_speed.py.
+      elements, median_us, spread: of a call.
+      melements: millions of elements a second.
+      over_tfp, over_scipy: times as fast as these, in the same process; SciPy on one core.
+      commit, jax, device, timing: as in Row.
+    """
+
+    function: str
+    region: str
+    order: str
+    dtype: str
+    implementation: str
+    elements: str
+    median_us: str
+    spread: str
+    melements: str
+    over_tfp: str
+    over_scipy: str
+    commit: str
+    jax: str
+    device: str
+    timing: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What makes two rows measurements of the same thing."""
+        return (self.function, self.region, self.order, self.dtype, self.implementation)
+
+
+@dataclasses.dataclass(frozen=True)
 class VitRow:
     """One measurement of a vision transformer.
 
@@ -260,7 +295,7 @@ class CompressionRow:
         return (self.variant,)
 
 
-AnyRow = Row | ModelRow | PaperRow | SweepRow | AblationRow | VitRow | CompressionRow
+AnyRow = Row | ModelRow | PaperRow | SweepRow | AblationRow | VitRow | BesselRow | CompressionRow
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -15,6 +15,7 @@ from pallas_kernels.core import dispatch
 from pallas_kernels.core.check import check_dtype
 from pallas_kernels.core.dispatch import Argument, Call, Implementation
 from pallas_kernels.log_bessel import published
+from pallas_kernels.log_bessel.edges import everywhere, within
 from pallas_kernels.log_bessel.expressions import LARGE, Found
 
 OP = "log_bessel"
@@ -123,7 +124,7 @@ def _public(
     arguments = tuple(Argument(label, kind.name, (("n", math.prod(shape)),)) for label in "vx")
     call = Call(OP, arguments, (("function", name), ("mode", mode), ("large_order", large_order or None)))
     plan = _Plan(dispatch.choose(call, implementation).name, first, mode, large_order, wanted)
-    return _everywhere(plan, *(jnp.broadcast_to(jnp.asarray(given, kind), shape) for given in (v, x)))
+    return _differentiable(plan, *(jnp.broadcast_to(jnp.asarray(given, kind), shape) for given in (v, x)))
 
 
 class _Plan(NamedTuple):
@@ -137,39 +138,32 @@ class _Plan(NamedTuple):
         return found if self.wanted == "both" else getattr(found, self.wanted)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _everywhere(plan: _Plan, v: jax.Array, x: jax.Array) -> jax.Array:
-    """Also where the expressions are not: negative orders, 0, infinities and NaN."""
-    inside = (x > 0) & jnp.isfinite(x) & jnp.isfinite(v)
-    size = jnp.abs(v)
-    value = _inside(plan, jnp.where(inside, size, 1), jnp.where(inside, x, 1))
-    inf = jnp.full_like(x, jnp.inf)
-    wrong = (x < 0) | jnp.isnan(x) | jnp.isnan(v) | (jnp.isinf(v) & jnp.isinf(x))
-    endless = jnp.isinf(v)
-    if plan.wanted == "ratio":
-        outside = jnp.where((x == 0) | endless, jnp.zeros_like(x) if plan.first else inf, 1)
-        wrong = wrong | (v < 0)
-    elif plan.first:
-        outside = jnp.where(x == 0, jnp.where(v == 0, 0, -inf), jnp.where(endless, -inf, inf))
-        wrong = wrong | ((v < 0) & (jnp.floor(v) != v))
-    else:
-        outside = jnp.where((x == 0) | endless, inf, -inf)
-    return jnp.where(wrong, jnp.nan, jnp.where(inside, value, outside))
-
-
 def _evaluate(plan: _Plan, v: jax.Array, x: jax.Array) -> Any:
     if plan.mode == "paper":
-        return plan.keep(published.evaluate(v, x, first=plan.first))
+        inside = lambda v, x: plan.keep(published.evaluate(v, x, first=plan.first))  # noqa: E731
+        return everywhere(v, x, inside, first=plan.first, keep=plan.keep)
     module: Any = dispatch.load(OP, plan.implementation)
     return module.evaluate(v, x, first=plan.first, keep=plan.keep, large_order=plan.large_order)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _with_derivatives(plan: _Plan, v: jax.Array, x: jax.Array) -> Any:
-    return _evaluate(plan, v, x)
+@functools.partial(jax.jit, static_argnums=0)
+def _value(plan: _Plan, v: jax.Array, x: jax.Array) -> Any:
+    @jax.custom_batching.custom_vmap
+    def of_elements(v: jax.Array, x: jax.Array) -> Any:
+        return _evaluate(plan, v, x)
+
+    @of_elements.def_vmap
+    def _(size: int, batched: list[bool], v: jax.Array, x: jax.Array) -> tuple[Any, Any]:
+        # A larger array of elements, not a batch of small programs.
+        v, x = (a if has else jnp.broadcast_to(a, (size, *a.shape)) for a, has in zip((v, x), batched, strict=True))
+        found = of_elements(v, x)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return of_elements(v, x)
 
 
-_inside: Callable[[_Plan, jax.Array, jax.Array], Any] = cast(Any, _with_derivatives)
+_with_derivatives = jax.custom_jvp(_value, nondiff_argnums=(0,))
+_differentiable: Callable[[_Plan, jax.Array, jax.Array], Any] = cast(Any, _with_derivatives)
 
 
 @functools.partial(_with_derivatives.defjvp, symbolic_zeros=True)
@@ -177,14 +171,20 @@ def _derivatives(plan: _Plan, primals: tuple, tangents: tuple) -> tuple[Any, Any
     v, x = primals
     of_v, of_x = tangents
     both = plan._replace(wanted="both")
-    found: Found = _inside(both, v, x)  # itself with derivatives, for those of higher order
-    ratio, sign = found.ratio, 1.0 if plan.first else -1.0
+    found: Found = _differentiable(both, v, x)  # itself with derivatives, for those of higher order
     log_dot, ratio_dot = jnp.zeros_like(x), jnp.zeros_like(x)
     if not isinstance(of_x, SymbolicZero):
-        log_dot = log_dot + (v / x + sign * ratio) * of_x
-        ratio_dot = ratio_dot + sign * (1 - ratio * ratio - sign * (2 * v + 1) * ratio / x) * of_x
+        # At the edges 0, as the constants that are there.
+        there = within(v, x)
+        order, argument, ratio = (jnp.where(there, a, 1) for a in (jnp.abs(v), x, found.ratio))
+        sign = 1.0 if plan.first else -1.0
+        by_x = order / argument + sign * ratio, sign * (1 - ratio**2 - sign * (2 * order + 1) * ratio / argument)
+        log_dot, ratio_dot = (
+            dot + jnp.where(there, by, 0) * of_x for dot, by in zip((log_dot, ratio_dot), by_x, strict=True)
+        )
     if not isinstance(of_v, SymbolicZero):
-        # Of the expression that was taken.
-        by_v = jax.jvp(lambda v: _evaluate(both, v, x), (v,), (jnp.ones_like(v),))[1]
+        # Of the expression that was taken, through XLA: to any order.
+        traced = both if plan.implementation == "reference" else both._replace(implementation="xla")
+        by_v = jax.jvp(lambda v: _evaluate(traced, v, x), (v,), (jnp.ones_like(v),))[1]
         log_dot, ratio_dot = log_dot + by_v.log * of_v, ratio_dot + by_v.ratio * of_v
     return plan.keep(found), plan.keep(Found(log_dot, ratio_dot))

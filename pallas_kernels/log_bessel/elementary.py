@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Elementary functions by additions, multiplications and bits: what kernels lack (log1p, 1 / Gamma), or XLA does slowly.
+"""Elementary functions by additions, multiplications and bits: what kernels lack (log1p, 1 / Gamma) or XLA does slowly.
 
 Every function is elementwise, of one type, float32 or float64, and differentiable.
 """
@@ -61,7 +61,7 @@ def log1p(y: jax.Array) -> jax.Array:
 
 
 def log(u: jax.Array, less_1: jax.Array | None = None) -> jax.Array:
-    """log(u), 0 < u, not subnormal; less_1 is u - 1 where the caller knows more digits of it, which count for u near 1."""
+    """log(u), 0 < u, not subnormal; less_1 is u - 1 if the caller knows more digits of it, which count for u near 1."""
     kind = _kind(u)
     # u = 2^e m, 1/sqrt(2) <= m < sqrt(2). A vector unit without conversions of 64-bit integers has e by writing it into
     # the last bits of 2^52 (2^23).
@@ -91,7 +91,7 @@ def exp(y: jax.Array) -> jax.Array:
 
 
 def upper_half(x: jax.Array) -> jax.Array:
-    """x without the last half of its digits, so that a product with as short a number is exact. Constant to derivatives:
+    """x without the last half of its digits: a product with as short a number is exact. Constant to derivatives:
     the lower half has them."""
     kind = _kind(x)
     keep = kind.whole(-(1 << kind.of(27, 12)))

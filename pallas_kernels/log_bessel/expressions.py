@@ -41,7 +41,9 @@ from pallas_kernels.log_bessel.elementary import (
 LARGE = 24.0
 ORDERS = 24  # steps of a recurrence, for orders below LARGE
 TEMME_BELOW = 1.5
-ZERO = Fraction("1.50887956153831992890988448816")  # of sqrt(1 + s^2) - s asinh(s): log I and log K are near 0 at v = ZERO x
+ZERO = Fraction(
+    "1.50887956153831992890988448816"
+)  # of sqrt(1 + s^2) - s asinh(s): log I and log K are near 0 at v = ZERO x
 
 
 class Found(NamedTuple):
@@ -90,7 +92,7 @@ def large(v: jax.Array, x: jax.Array, *, first: bool, terms: int) -> Found:
 def _exponent(v: jax.Array, x: jax.Array, c: jax.Array) -> jax.Array:
     """c - v asinh(v / x), to the last digit also where the two are nearly the same."""
     far = c - v * log1p(v * (1 + v / (c + x)) / x)
-    # x g(s), s = v / x, by powers of d = s - ZERO. v - x ZERO: a product of upper halves is exact, and then the difference.
+    # x g(s), s = v / x, by powers of d = s - ZERO. In v - x ZERO a product of upper halves is exact, then a difference.
     unit = 1 << (26 if x.dtype == jnp.float64 else 12)
     zero = math.floor(ZERO * unit) / unit
     high = upper_half(x)
@@ -101,7 +103,7 @@ def _exponent(v: jax.Array, x: jax.Array, c: jax.Array) -> jax.Array:
 
 
 def _about_zero(terms: int) -> list[float]:
-    """Of g / d: g' = -asinh, g'' = -(1 + s^2)^(-1/2) = -y, whose own coefficients follow from (1 + s^2) y' + s y = 0."""
+    """Of g / d: g' = -asinh, g'' = -(1 + s^2)^(-1/2) = -y, and y has coefficients by (1 + s^2) y' + s y = 0."""
     zero = float(ZERO)
     y = [1 / math.hypot(1, zero)]
     for k in range(terms):
@@ -145,9 +147,8 @@ class Start(NamedTuple):
     scaled: jax.Array
 
 
-def temme(v: jax.Array, x: jax.Array) -> Start:
+def temme(m: jax.Array, x: jax.Array) -> Start:
     """x < 1.5: K_m = sum c_k f_k, K_{m+1} = 2 / x sum c_k (p_k - k f_k), c_k = (x^2 / 4)^k / k!."""
-    m, _ = _nearest(v)
     even, odd = reciprocal_gamma(m)
     up, down = 1 + even + m * odd, 1 + even - m * odd  # 1 / Gamma(1 + m), 1 / Gamma(1 - m)
     l = -log(x / 2)
@@ -165,9 +166,8 @@ def temme(v: jax.Array, x: jax.Array) -> Start:
     return Start(k0, k1, jnp.zeros_like(x))
 
 
-def trapezoid(v: jax.Array, x: jax.Array) -> Start:
+def trapezoid(m: jax.Array, x: jax.Array) -> Start:
     """1.5 <= x < 24: K_m = integral_0^inf exp(-x cosh s) cosh(m s) ds, by a rule that is exact for such functions."""
-    m, _ = _nearest(v)
     nodes = effort(x.dtype).nodes
     # To where exp(-x (cosh s - 1)) is below the last digit, acosh(1 + 36 / x), within a percent.
     h = (9.75 if x.dtype == jnp.float64 else 8.0) / nodes / (jnp.sqrt(x) + 1.24)
@@ -184,9 +184,12 @@ def trapezoid(v: jax.Array, x: jax.Array) -> Start:
     return Start(k0 * h, k1 * h * x / 2, x)
 
 
-def recurrence(v: jax.Array, x: jax.Array, start: Start) -> Found:
+def recurrence(v: jax.Array, x: jax.Array) -> Found:
     """K. With P_k = K_{m+k} (x / 2)^k, P_{k+1} = (m + k) P_k + x^2 / 4 P_{k-1}: nothing that overflows, no division."""
     m, n = _nearest(v)
+    small = x < TEMME_BELOW
+    starts = temme(m, jnp.where(small, x, 1)), trapezoid(m, jnp.where(small, 2, x))
+    start = Start(*(jnp.where(small, a, b) for a, b in zip(*starts, strict=True)))
     quarter = jnp.square(x) / 4
     this, following = start.k0, start.k1
     for k in range(1, ORDERS + 1):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """THE SPECIFICATION of log_bessel: every expression, and of each element the one whose region it is in."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,22 +10,18 @@ import jax.numpy as jnp
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.log_bessel.edges import Keep, everywhere
 from pallas_kernels.log_bessel.expressions import (
     LARGE,
-    TEMME_BELOW,
-    Found,
     ascending,
     effort,
     hypot,
     large,
     recurrence,
-    temme,
-    trapezoid,
 )
 
 Compute = Callable[[], Any]
 When = Callable[[jax.Array, Compute, Compute | None], Any]  # (which elements, what to compute for them, what otherwise)
-Keep = Callable[[Found], Any]
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
@@ -32,21 +29,30 @@ def supports(call: Call, device: Device) -> Refusal | None:
 
 
 def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order: bool = False) -> Any:
-    """I, or with first=False K, of v >= 0 and x > 0 of one shape, as much of it as is kept; `large_order` if no v is
-    below LARGE."""
-    return by_region(v, x, lambda elements, there, otherwise: there(), first=first, keep=keep, large_order=large_order)
+    """I, or with first=False K, of any v and x of one shape, as much of it as is kept; `large_order` if no v is below
+    LARGE."""
+    return select(v, x, lambda elements, there, otherwise: there(), first=first, keep=keep, large_order=large_order)
+
+
+def select(v: jax.Array, x: jax.Array, when: When, *, first: bool, keep: Keep, large_order: bool) -> Any:
+    """As `evaluate`. `when` decides what is computed: all, or what some element needs."""
+
+    def inside(v: jax.Array, x: jax.Array) -> Any:
+        return by_region(v, x, when, first=first, keep=keep, large_order=large_order)
+
+    return everywhere(v, x, inside, first=first, keep=keep)
 
 
 def by_region(v: jax.Array, x: jax.Array, when: When, *, first: bool, keep: Keep, large_order: bool) -> Any:
-    """Each element by the expression of its region. `when` decides what is computed: all, or what some element needs."""
+    """Each element by the expression of its region, of v >= 0 and x > 0, finite."""
     c = hypot(v, x)
 
     # Regions are asked for anew in each expression: kernels cannot take truth values into a branch, nor negate them.
     def far() -> jax.Array:
         return c >= LARGE
 
-    def below(least: float = 0.0, most: float = LARGE) -> jax.Array:
-        return (c < LARGE) & (x >= least) & (x < most)
+    def below() -> jax.Array:
+        return c < LARGE
 
     def debye(levels: tuple[tuple[float, int], ...]) -> Any:
         """As many terms as the element with the least c needs."""
@@ -60,24 +66,15 @@ def by_region(v: jax.Array, x: jax.Array, when: When, *, first: bool, keep: Keep
 
     def near() -> Any:
         safe = _instead(below(), v, x, 1)
-        return keep(ascending(*safe) if first else recurrence(*safe, start()))
-
-    def start() -> Any:
-        small, other = (lambda: below(most=TEMME_BELOW)), (lambda: below(least=TEMME_BELOW))
-        one = when(small(), lambda: temme(*_instead(small(), v, x, 1)), None)
-        two = when(other(), lambda: trapezoid(*_instead(other(), v, x, 2)), None)
-        return _select(x < TEMME_BELOW, one, two)
+        return keep(ascending(*safe) if first else recurrence(*safe))
 
     levels = effort(x.dtype).debye
     if large_order:
         return debye(levels)
-    return _select(far(), when(far(), lambda: debye(levels), None), when(below(), near, None))
+    large_ones, others = when(far(), lambda: debye(levels), None), when(below(), near, None)
+    return jax.tree.map(functools.partial(jnp.where, far()), large_ones, others)
 
 
 def _instead(region: jax.Array, v: jax.Array, x: jax.Array, harmless: float) -> tuple[jax.Array, jax.Array]:
     """Outside of the region other arguments, so that no derivative there is NaN."""
     return jnp.where(region, v, harmless), jnp.where(region, x, harmless)
-
-
-def _select(region: jax.Array, there: Any, elsewhere: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(region, a, b), there, elsewhere)

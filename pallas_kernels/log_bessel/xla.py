@@ -11,7 +11,8 @@ from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.log_bessel import reference
-from pallas_kernels.log_bessel.reference import Compute, Keep
+from pallas_kernels.log_bessel.edges import Keep
+from pallas_kernels.log_bessel.reference import Compute
 
 BLOCK = 1 << 15  # elements that a CPU's caches hold, intermediate ones and all, and enough for a thread to be worth it
 
@@ -24,7 +25,7 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
     """As `reference.evaluate`. On a CPU block by block."""
 
     def compute(v: jax.Array, x: jax.Array) -> Any:
-        return reference.by_region(v, x, _if_any, first=first, keep=keep, large_order=large_order)
+        return reference.select(v, x, _if_any, first=first, keep=keep, large_order=large_order)
 
     def in_blocks(v: jax.Array, x: jax.Array) -> Any:
         whole = x.size // BLOCK * BLOCK

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many log I_v(x) and log K_v(x) a second, beside TensorFlow Probability (if installed) and SciPy.
+
+    python -m benchmarks.log_bessel_speed                                           on a GPU
+    taskset -c 0 python -m benchmarks.log_bessel_speed --implementations=xla,scipy  on one core of a CPU
+
+Logarithmically uniform orders and arguments, by region:
+
+    small   v, x from 0.01 to 30      large   v, x from 100 to 5000
+    mid     v, x from 1 to 300        vmf     v from 63 to 2047, x from 1 to 1e5      all   a quarter of each
+
+"sorted" by sqrt(v^2 + x^2), so that neighbors need the same expressions, or "shuffled". Each implementation is checked
+first, against the specification in float64. Rows go to benchmarks/results/<device>_log_bessel.csv.
+"""
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+
+from benchmarks import rows, timing
+from benchmarks.rows import BesselRow, number
+from pallas_kernels import UnsupportedError, log_iv, log_kv
+
+Points = tuple[np.ndarray, np.ndarray]
+REGIONS = {
+    "small": ((0.01, 30), (0.01, 30)),
+    "mid": ((1, 300), (1, 300)),
+    "large": ((100, 5000), (100, 5000)),
+    "vmf": ((63, 2047), (1, 1e5)),
+}
+FUNCTIONS = {"log I": log_iv, "log K": log_kv}
+IMPLEMENTATIONS = ("mosaic_gpu", "mosaic_tpu", "xla", "tfp", "scipy")
+BASELINES = ("tfp", "scipy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    jax.config.update("jax_enable_x64", True)
+    out = options.out or rows.RESULTS / f"{rows.device_name()}_log_bessel.csv"
+    for dtype in options.dtypes:
+        for region in options.regions:
+            for order in options.orders:
+                points = draw(region, order, options.elements, dtype)
+                for function in FUNCTIONS:
+                    rows.append(out, measure(function, region, order, points, options.implementations))
+    return 0
+
+
+def draw(region: str, order: str, elements: int, dtype: str) -> Points:
+    random = np.random.default_rng(0)
+    parts = list(REGIONS) if region == "all" else [region]
+    drawn = [
+        [np.exp(random.uniform(np.log(low), np.log(high), elements // len(parts))) for low, high in REGIONS[part]]
+        for part in parts
+    ]
+    v, x = (np.concatenate(arrays) for arrays in zip(*drawn, strict=True))
+    places = np.argsort(np.hypot(v, x)) if order == "sorted" else random.permutation(len(v))
+    return v[places].astype(dtype), x[places].astype(dtype)
+
+
+def measure(function: str, region: str, order: str, points: Points, implementations: Sequence[str]) -> list[BesselRow]:
+    """Rows of what runs this; what does not is said, and left out."""
+    v, _ = points
+    print(f"\n{function}, {region}, {order}, {v.dtype}, {len(v)} elements", flush=True)
+    times: dict[str, timing.Timing] = {}
+    for name in implementations:
+        try:
+            called = callable_of(function, name)
+            if name != "scipy":
+                check(called, function, points)
+            times[name] = (
+                time_scipy(called, points) if name == "scipy" else timing.measure(called, [*map(jnp.asarray, points)])
+            )
+        except (UnsupportedError, ImportError) as refusal:
+            print(f"  {name:12} not run: {' '.join(str(refusal).split())}")
+            continue
+        print(f"  {name:12} {1e-6 * len(v) / times[name].median:10.1f} M/s  +- {times[name].spread:.1%}", flush=True)
+    made = []
+    for name, found in times.items():
+        ratios = {other: times[other].median / found.median for other in BASELINES if other in times and other != name}
+        made.append(
+            BesselRow(
+                function=function,
+                region=region,
+                order=order,
+                dtype=str(v.dtype),
+                implementation=name,
+                elements=str(len(v)),
+                median_us=number(1e6 * found.median),
+                spread=number(found.spread, 2),
+                melements=number(1e-6 * len(v) / found.median),
+                over_tfp=number(ratios.get("tfp"), 3) if name not in BASELINES else "",
+                over_scipy=number(ratios.get("scipy"), 3) if name not in BASELINES else "",
+                timing=found.method,
+                **rows.environment(),
+            )
+        )
+    return made
+
+
+def callable_of(function: str, name: str) -> Callable:
+    if name == "scipy":
+        scaled, sign = (scipy.special.ive, 1) if function == "log I" else (scipy.special.kve, -1)
+        return lambda v, x: np.log(scaled(v, x)) + sign * x
+    if name == "tfp":
+        import tensorflow_probability.substrates.jax as tfp  # pyright: ignore[reportMissingImports]
+
+        if function == "log I":
+            return lambda v, x: tfp.math.log_bessel_ive(v, x) + x
+        return lambda v, x: tfp.math.log_bessel_kve(v, x) - x
+    return functools.partial(FUNCTIONS[function], implementation=name)
+
+
+def check(called: Callable, function: str, points: Points) -> None:
+    """Some elements against the specification in float64; what is wrong is not timed."""
+    some = [a[:: max(1, len(a) // 4096)] for a in points]
+    found = np.asarray(jax.jit(called)(*some), np.float64)
+    exact = np.asarray(
+        jax.jit(functools.partial(FUNCTIONS[function], implementation="reference"))(
+            *(a.astype(np.float64) for a in some)
+        )
+    )
+    error = np.abs(found - exact) / np.maximum(1, np.abs(exact))
+    # float32: the conditioning of a logarithm near 0 is up to the size of the arguments.
+    bound = (
+        1e-12
+        if found.dtype == points[0].dtype
+        else 1e-6 * np.maximum(1, np.hypot(*some) / np.maximum(1, np.abs(exact)))
+    )
+    if not (error <= bound).all():
+        worst = np.argmax(error / bound)
+        raise AssertionError(f"{function} of {some[0][worst]}, {some[1][worst]} is wrong by {error[worst]:.1e}")
+
+
+def time_scipy(called: Callable, points: Points) -> timing.Timing:
+    """On one core, a part of the points: it takes some hundred nanoseconds an element."""
+    share = max(1, len(points[0]) // 2**17)
+    some = [a[::share] for a in points]
+    seconds = []
+    with np.errstate(all="ignore"):
+        for _ in range(5):
+            start = time.perf_counter()
+            called(*some)
+            seconds.append((time.perf_counter() - start) * len(points[0]) / len(some[0]))
+    return timing.summarize(seconds, "wall")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    def some(known: Sequence[str]) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            names = text.split(",")
+            if unknown := [name for name in names if name not in known]:
+                raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known: {', '.join(known)}")
+            return names
+
+        return parse
+
+    everywhere = [*REGIONS, "all"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--implementations", type=some(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
+    parser.add_argument("--dtypes", type=some(("float64", "float32")), default=["float64", "float32"])
+    parser.add_argument("--regions", type=some(everywhere), default=everywhere)
+    parser.add_argument("--orders", type=some(("shuffled", "sorted")), default=["shuffled", "sorted"])
+    parser.add_argument("--elements", type=int, default=2**22)
+    parser.add_argument("--out", type=Path, help="CSV file; default: benchmarks/results/<device>_log_bessel.csv")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
