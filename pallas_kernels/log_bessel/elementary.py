@@ -47,13 +47,13 @@ def cosh_less_1(y: jax.Array) -> jax.Array:
     return square * horner(_FACTORIALS[2 : _kind(y).of(18, 10) : 2], square)
 
 
-def sinh_over(y: jax.Array, grown: jax.Array) -> jax.Array:
-    """sinh(y) / y, where grown is exp(y)."""
+def sinh_over(y: jax.Array, grown: jax.Array, shrunk: jax.Array) -> jax.Array:
+    """sinh(y) / y, of exp(y) and exp(-y) too."""
     near = jnp.abs(y) < 0.5
     close = jnp.where(near, y, 0)
     far = jnp.where(near, 1, y)
     series = horner(_FACTORIALS[1 : _kind(y).of(18, 10) : 2], close * close)
-    return jnp.where(near, series, (grown - 1 / grown) / (2 * far))
+    return jnp.where(near, series, (grown - shrunk) / (2 * far))
 
 
 def log1p(y: jax.Array) -> jax.Array:

@@ -19,8 +19,9 @@ the Logarithm of Modified Bessel Functions on GPUs", 2024.
 """
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,10 @@ class Found(NamedTuple):
     ratio: jax.Array
 
 
+# Around what more than one thing is made of, and a compiler that forgets it would compute for each of them.
+Once = Callable[[Any], Any]
+
+
 class Effort(NamedTuple):
     """What a type's digits need: numbers of terms, where the next is below them."""
 
@@ -65,7 +70,7 @@ class Effort(NamedTuple):
 
 def effort(dtype: jax.typing.DTypeLike) -> Effort:
     if jnp.dtype(dtype) == jnp.float64:
-        return Effort(((LARGE, 16), (100.0, 8), (1200.0, 4)), 48, 10, 16, 18)
+        return Effort(((LARGE, 16), (52.0, 10), (100.0, 8), (1200.0, 4)), 48, 10, 16, 18)
     return Effort(((LARGE, 4),), 34, 6, 8, 8)
 
 
@@ -111,32 +116,31 @@ def _about_zero(terms: int) -> list[float]:
     return [-math.asinh(zero), *(-a / ((k + 1) * (k + 2)) for k, a in enumerate(y[:terms]))]
 
 
-def ascending(v: jax.Array, x: jax.Array) -> Found:
+def ascending(v: jax.Array, x: jax.Array, once: Once) -> Found:
     """I: (x / 2)^v / Gamma(v + 1) sum_k q^k / (k! (v + 1) ... (v + k)), q = x^2 / 4; <2 k> / x is the ratio."""
     q = jnp.square(x) / 4
     scale = 1 / 256  # of q and of the divisors: their product stays within float32's range
     scaled = q * scale
-    # Innermost first, numerators over the divisors' product: sum = n / d, q d(sum)/dq = w / d.
-    divisors, rest, weighted = jnp.ones_like(x), jnp.zeros_like(x), jnp.zeros_like(x)
+    # Innermost first, numerators over the divisors' product d: sum = n / d, q d(sum)/dq = w / d.
+    d, n, w = jnp.ones_like(x), jnp.ones_like(x), jnp.zeros_like(x)
     for k in range(effort(x.dtype).ascending, 0, -1):
-        weighted = scaled * (divisors + rest + weighted)
-        rest = scaled * (divisors + rest)
-        divisors = divisors * (v * (k * scale) + k * k * scale)
-    s = rest / divisors
-    ratio = 2 * weighted / ((divisors + rest) * x)
+        d = d * (v * (k * scale) + k * k * scale)
+        n, w, rest = d + scaled * n, scaled * (n + w), n
+    s = scaled * rest / d  # the sum less 1
+    ratio = 2 * w / (n * x)
     # The sum starts with q / (1 + v): so small an x that q is 0 keeps its ratio.
     ratio = jnp.where(q < 1e-16, x / 2 / (1 + v), ratio)
-    m, n = _nearest(v)
+    m, steps = _nearest(v)
     even, odd = reciprocal_gamma(m)
     g = even + m * odd
-    # Gamma(v + 1) = Gamma(1 + m) (m + 1) ... (m + n)
+    # Gamma(v + 1) = Gamma(1 + m) (m + 1) ... (m + steps)
     product = jnp.ones_like(x)
     for k in range(1, ORDERS + 1):
-        product = jnp.where(k <= n, product * (m + k), product)
+        product = jnp.where(k <= steps, product * (m + k), product)
     # (1 + s) (1 + g) of orders near 0, where both are small, keeps the digits that 1 + y loses.
     y = s + g + s * g
-    u = jnp.where(n == 0, 1 + y, (1 + s) * (1 + g) / product)
-    return Found(v * log(x / 2) + log(u, jnp.where(n == 0, y, u - 1)), ratio)
+    u = once(jnp.where(steps == 0, 1 + y, (1 + s) * (1 + g) / product))
+    return Found(v * log(x / 2) + log(u, jnp.where(steps == 0, y, u - 1)), ratio)
 
 
 class Start(NamedTuple):
@@ -152,18 +156,21 @@ def temme(m: jax.Array, x: jax.Array) -> Start:
     even, odd = reciprocal_gamma(m)
     up, down = 1 + even + m * odd, 1 + even - m * odd  # 1 / Gamma(1 + m), 1 / Gamma(1 - m)
     l = -log(x / 2)
-    grown = exp(m * l)
-    p, q = grown / (2 * up), 1 / (2 * grown * down)
-    f = ((1 + even) * l * sinh_over(m * l, grown) - odd * (grown + 1 / grown) / 2) / (up * down)
-    c, quarter, square = jnp.ones_like(x), jnp.square(x) / 4, m * m
+    grown, both = exp(m * l), 1 / (up * down)
+    shrunk = 1 / grown
+    p, q = grown * down * both / 2, shrunk * up * both / 2
+    f = ((1 + even) * l * sinh_over(m * l, grown, shrunk) - odd * (grown + shrunk) / 2) * both
+    # f_k = (k f_{k-1} + p_{k-1} + q_{k-1}) / (k^2 - m^2), p_k = p_{k-1} / (k - m), q_k = q_{k-1} / (k + m): numerators
+    # over one product d of (k^2 - m^2), those of the sums, too.
+    c, quarter, square, d = jnp.ones_like(x), jnp.square(x) / 4, m * m, jnp.ones_like(x)
     k0, k1 = f, p
     for k in range(1, effort(x.dtype).temme + 1):
-        inverse = 1 / (k * k - square)
-        f = (k * f + p + q) * inverse
-        p, q = p * (k + m) * inverse, q * (k - m) * inverse
-        c = c * quarter * (1 / k)
-        k0, k1 = k0 + c * f, k1 + c * (p - k * f)
-    return Start(k0, k1, jnp.zeros_like(x))
+        step = k * k - square
+        f, p, q = k * f + p + q, p * (k + m), q * (k - m)
+        c, d = c * quarter * (1 / k), d * step
+        k0, k1 = k0 * step + c * f, k1 * step + c * (p - k * f)
+    inverse = 1 / d
+    return Start(k0 * inverse, k1 * inverse, jnp.zeros_like(x))
 
 
 def trapezoid(m: jax.Array, x: jax.Array) -> Start:
@@ -184,7 +191,7 @@ def trapezoid(m: jax.Array, x: jax.Array) -> Start:
     return Start(k0 * h, k1 * h * x / 2, x)
 
 
-def recurrence(v: jax.Array, x: jax.Array) -> Found:
+def recurrence(v: jax.Array, x: jax.Array, once: Once) -> Found:
     """K. With P_k = K_{m+k} (x / 2)^k, P_{k+1} = (m + k) P_k + x^2 / 4 P_{k-1}: nothing that overflows, no division."""
     m, n = _nearest(v)
     small = x < TEMME_BELOW
@@ -195,6 +202,7 @@ def recurrence(v: jax.Array, x: jax.Array) -> Found:
     for k in range(1, ORDERS + 1):
         up = k <= n
         this, following = jnp.where(up, following, this), jnp.where(up, (m + k) * following + quarter * this, following)
+    this, following = once((this, following))
     return Found(log(this) - n * log(x / 2) - start.scaled, following / this * 2 / x)
 
 

@@ -22,7 +22,7 @@ from pallas_kernels.core.mma import cost_option
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.log_bessel.edges import Keep
 from pallas_kernels.log_bessel.expressions import Found
-from pallas_kernels.log_bessel.reference import Compute, select
+from pallas_kernels.log_bessel.reference import Compute, Ways, select
 
 TILE = {"float64": 256, "float32": 512}  # elements, as many as the registers of K's recurrence allow
 
@@ -45,7 +45,7 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
     def kernel(v_ref: Any, x_ref: Any, *out: Any) -> None:
         here = pl.ds(lax.axis_index("tile") * tile, tile)
         v, x = (plgpu.load(ref.at[here], layout=layout, optimized=False) for ref in (v_ref, x_ref))
-        found = select(v, x, _if_any, first=first, keep=keep, large_order=large_order)
+        found = select(v, x, Ways(_if, lambda x: x), first=first, keep=keep, large_order=large_order)
         for ref, array in zip(out, jax.tree.leaves(found), strict=True):
             ref[here] = array
 
@@ -62,8 +62,8 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
     return jax.tree.unflatten(jax.tree.structure(kept), [a[:n].reshape(x.shape) for a in out])
 
 
-def _if_any(elements: jax.Array, there: Compute, otherwise: Compute | None) -> Any:
+def _if(some: jax.Array, there: Compute, otherwise: Compute | None) -> Any:
     def nothing() -> Any:
         return jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), jax.eval_shape(there))
 
-    return lax.cond(jnp.max(elements.astype(jnp.int32)) > 0, there, otherwise or nothing)
+    return lax.cond(some, there, otherwise or nothing)

@@ -21,7 +21,7 @@ from pallas_kernels.core.tpu import LANES, round_up
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.log_bessel.edges import Keep
 from pallas_kernels.log_bessel.expressions import Found
-from pallas_kernels.log_bessel.reference import Compute, select
+from pallas_kernels.log_bessel.reference import Compute, Ways, select
 
 ROWS, GROUP = 512, 16
 
@@ -51,7 +51,9 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
         @pl.loop(0, block // GROUP)
         def _(i: Any) -> None:
             here = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
-            found = select(v_ref[here, :], x_ref[here, :], _if_any, first=first, keep=keep, large_order=large_order)
+            found = select(
+                v_ref[here, :], x_ref[here, :], Ways(_if, lambda x: x), first=first, keep=keep, large_order=large_order
+            )
             for ref, array in zip(out, jax.tree.leaves(found), strict=True):
                 ref[here, :] = array
 
@@ -71,8 +73,8 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
     return jax.tree.unflatten(jax.tree.structure(kept), [a.ravel()[:n].reshape(x.shape) for a in out])
 
 
-def _if_any(elements: jax.Array, there: Compute, otherwise: Compute | None) -> Any:
+def _if(some: jax.Array, there: Compute, otherwise: Compute | None) -> Any:
     def nothing() -> Any:
         return jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), jax.eval_shape(there))
 
-    return lax.cond(jnp.any(elements), there, otherwise or nothing)
+    return lax.cond(some, there, otherwise or nothing)

@@ -3,7 +3,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.log_bessel.edges import Keep, everywhere
 from pallas_kernels.log_bessel.expressions import (
     LARGE,
+    Once,
     ascending,
     effort,
     hypot,
@@ -21,7 +22,15 @@ from pallas_kernels.log_bessel.expressions import (
 )
 
 Compute = Callable[[], Any]
-When = Callable[[jax.Array, Compute, Compute | None], Any]  # (which elements, what to compute for them, what otherwise)
+
+
+class Ways(NamedTuple):
+    """How an implementation goes through the expressions."""
+
+    when: Callable[
+        [jax.Array, Compute, Compute | None], Any
+    ]  # (does some element need it?, what, what else to compute)
+    once: Once
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
@@ -31,48 +40,53 @@ def supports(call: Call, device: Device) -> Refusal | None:
 def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order: bool = False) -> Any:
     """I, or with first=False K, of any v and x of one shape, as much of it as is kept; `large_order` if no v is below
     LARGE."""
-    return select(v, x, lambda elements, there, otherwise: there(), first=first, keep=keep, large_order=large_order)
+    every = Ways(lambda some, there, otherwise: there(), lambda x: x)
+    return select(v, x, every, first=first, keep=keep, large_order=large_order)
 
 
-def select(v: jax.Array, x: jax.Array, when: When, *, first: bool, keep: Keep, large_order: bool) -> Any:
-    """As `evaluate`. `when` decides what is computed: all, or what some element needs."""
+def select(v: jax.Array, x: jax.Array, ways: Ways, *, first: bool, keep: Keep, large_order: bool) -> Any:
+    """As `evaluate`. `ways` decides what is computed: all, or what some element needs."""
 
     def inside(v: jax.Array, x: jax.Array) -> Any:
-        return by_region(v, x, when, first=first, keep=keep, large_order=large_order)
+        return by_region(v, x, ways, first=first, keep=keep, large_order=large_order)
 
     return everywhere(v, x, inside, first=first, keep=keep)
 
 
-def by_region(v: jax.Array, x: jax.Array, when: When, *, first: bool, keep: Keep, large_order: bool) -> Any:
+def by_region(v: jax.Array, x: jax.Array, ways: Ways, *, first: bool, keep: Keep, large_order: bool) -> Any:
     """Each element by the expression of its region, of v >= 0 and x > 0, finite."""
-    c = hypot(v, x)
+    c, levels = ways.once(hypot(v, x)), effort(x.dtype).debye
+    # What some element needs, by one minimum or maximum each, in float32, which kernels have: rounding only adds to it.
+    rounded = c.astype(jnp.float32)
+    least, most = jnp.min(rounded), jnp.max(rounded)
+    least_large = least if large_order else jnp.min(jnp.where(c >= LARGE, rounded, jnp.inf))
 
-    # Regions are asked for anew in each expression: kernels cannot take truth values into a branch, nor negate them.
-    def far() -> jax.Array:
-        return c >= LARGE
+    def far() -> Any:
+        # Asked for anew: kernels cannot take truth values of elements into a branch.
+        arguments = (v, x) if large_order else _instead(c >= LARGE, v, x, 2 * LARGE)
 
-    def below() -> jax.Array:
-        return c < LARGE
+        def debye(at: int) -> Any:
+            """As many terms as the element with the least c needs."""
 
-    def debye(levels: tuple[tuple[float, int], ...]) -> Any:
-        """As many terms as the element with the least c needs."""
-        (_, terms), *fewer = levels
+            def these() -> Any:
+                return keep(large(*arguments, first=first, terms=levels[at][1]))
 
-        def these() -> Any:
-            arguments = (v, x) if large_order else _instead(far(), v, x, 2 * LARGE)
-            return keep(large(*arguments, first=first, terms=terms))
+            return (
+                these()
+                if at + 1 == len(levels)
+                else ways.when(least_large <= levels[at + 1][0], these, lambda: debye(at + 1))
+            )
 
-        return when(far() & (c < fewer[0][0]), these, lambda: debye(tuple(fewer))) if fewer else these()
+        return debye(0)
 
     def near() -> Any:
-        safe = _instead(below(), v, x, 1)
-        return keep(ascending(*safe) if first else recurrence(*safe))
+        arguments = _instead(c < LARGE, v, x, 1)
+        return keep((ascending if first else recurrence)(*arguments, ways.once))
 
-    levels = effort(x.dtype).debye
     if large_order:
-        return debye(levels)
-    large_ones, others = when(far(), lambda: debye(levels), None), when(below(), near, None)
-    return jax.tree.map(functools.partial(jnp.where, far()), large_ones, others)
+        return far()
+    large_ones, others = ways.when(most >= LARGE, far, None), ways.when(least <= LARGE, near, None)
+    return jax.tree.map(functools.partial(jnp.where, c >= LARGE), large_ones, others)
 
 
 def _instead(region: jax.Array, v: jax.Array, x: jax.Array, harmless: float) -> tuple[jax.Array, jax.Array]:

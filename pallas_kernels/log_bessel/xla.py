@@ -12,7 +12,7 @@ from pallas_kernels.core.dispatch import Call, Refusal
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.log_bessel import reference
 from pallas_kernels.log_bessel.edges import Keep
-from pallas_kernels.log_bessel.reference import Compute
+from pallas_kernels.log_bessel.reference import Compute, Ways
 
 BLOCK = 1 << 15  # elements that a CPU's caches hold, intermediate ones and all, and enough for a thread to be worth it
 
@@ -25,7 +25,9 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
     """As `reference.evaluate`. On a CPU block by block."""
 
     def compute(v: jax.Array, x: jax.Array) -> Any:
-        return reference.select(v, x, _if_any, first=first, keep=keep, large_order=large_order)
+        return reference.select(
+            v, x, Ways(_if, lax.optimization_barrier), first=first, keep=keep, large_order=large_order
+        )
 
     def in_blocks(v: jax.Array, x: jax.Array) -> Any:
         whole = x.size // BLOCK * BLOCK
@@ -41,8 +43,8 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
     return lax.platform_dependent(v, x, cpu=in_blocks, default=compute)
 
 
-def _if_any(elements: jax.Array, there: Compute, otherwise: Compute | None) -> Any:
+def _if(some: jax.Array, there: Compute, otherwise: Compute | None) -> Any:
     def nothing() -> Any:
-        return jax.tree.map(lambda a: vary_like(jnp.ones(a.shape, a.dtype), elements), jax.eval_shape(there))
+        return jax.tree.map(lambda a: vary_like(jnp.ones(a.shape, a.dtype), some), jax.eval_shape(there))
 
-    return lax.cond(jnp.any(elements), there, otherwise or nothing)
+    return lax.cond(some, there, otherwise or nothing)
