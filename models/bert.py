@@ -163,6 +163,7 @@ class SentenceEncoder:
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.max_length)
         graphdef, self.params = nnx.split(bert)
+        self.features = config.d_model
 
         @jax.jit
         def embed(params: nnx.State, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -195,7 +196,7 @@ class SentenceEncoder:
         a multiple of 16 tokens, so that few programs are compiled."""
         tokens = [encoding.ids for encoding in self.tokenizer.encode_batch(list(sentences))]
         order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        out = np.empty((len(tokens), self.params["norm"]["scale"].shape[0]), np.float32)
+        out = np.empty((len(tokens), self.features), np.float32)
         for start in tqdm(range(0, len(order), batch), disable=not progress, unit="batch"):
             rows = order[start : start + batch]
             padded = np.zeros((batch, -(-len(tokens[rows[-1]]) // 16) * 16), np.int32)
