@@ -25,7 +25,7 @@ from pallas_kernels.log_bessel.expressions import Found
 from pallas_kernels.log_bessel.reference import Compute, Ways, select
 
 # Elements of a tile, of I and of K: smaller ones agree more often, larger ones share a vote; measured on an H100.
-TILE = {"float64": {True: 256, False: 128}, "float32": {True: 512, False: 512}}
+TILE = {"float64": {True: 256, False: 128}, "float32": {True: 256, False: 256}}
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
