@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     jax.config.update("jax_enable_x64", True)
     out = options.out or rows.RESULTS / f"{rows.device_name()}_log_bessel.csv"
     for dtype in options.dtypes:
+        rows.append(out, limits(dtype, options.elements))
         for region in options.regions:
             for order in options.orders:
                 points = draw(region, order, options.elements, dtype)
@@ -64,6 +65,16 @@ def draw(region: str, order: str, elements: int, dtype: str) -> Points:
     v, x = (np.concatenate(arrays) for arrays in zip(*drawn, strict=True))
     places = np.argsort(np.hypot(v, x)) if order == "sorted" else random.permutation(len(v))
     return v[places].astype(dtype), x[places].astype(dtype)
+
+
+def limits(dtype: str, elements: int) -> list[BesselRow]:
+    """How many exponentials and logarithms this device has a second: what is made of a few of them has no more."""
+    x = jnp.asarray(draw("small", "shuffled", elements, dtype)[1])
+    made = []
+    for name, function in (("exp", jnp.exp), ("log", jnp.log)):
+        made.append(_row(name, "small", "shuffled", dtype, "xla", elements, timing.measure(function, [x])))
+        print(f"{name}, {dtype}: {made[-1].melements} M/s", flush=True)
+    return made
 
 
 def measure(function: str, region: str, order: str, points: Points, implementations: Sequence[str]) -> list[BesselRow]:
@@ -86,25 +97,39 @@ def measure(function: str, region: str, order: str, points: Points, implementati
         print(f"  {name:12} {1e-6 * len(v) / times[name].median:10.1f} M/s  +- {times[name].spread:.1%}", flush=True)
     made = []
     for name, found in times.items():
-        ratios = {other: times[other].median / found.median for other in BASELINES if other in times and other != name}
-        made.append(
-            BesselRow(
-                function=function,
-                region=region,
-                order=order,
-                dtype=str(v.dtype),
-                implementation=name,
-                elements=str(len(v)),
-                median_us=number(1e6 * found.median),
-                spread=number(found.spread, 2),
-                melements=number(1e-6 * len(v) / found.median),
-                over_tfp=number(ratios.get("tfp"), 3) if name not in BASELINES else "",
-                over_scipy=number(ratios.get("scipy"), 3) if name not in BASELINES else "",
-                timing=found.method,
-                **rows.environment(),
-            )
-        )
+        others = BASELINES if name not in BASELINES else ()
+        ratios = {other: times[other].median / found.median for other in others if other in times}
+        made.append(_row(function, region, order, str(v.dtype), name, len(v), found, **ratios))
     return made
+
+
+def _row(
+    function: str,
+    region: str,
+    order: str,
+    dtype: str,
+    implementation: str,
+    elements: int,
+    found: timing.Timing,
+    *,
+    tfp: float | None = None,
+    scipy: float | None = None,
+) -> BesselRow:
+    return BesselRow(
+        function=function,
+        region=region,
+        order=order,
+        dtype=dtype,
+        implementation=implementation,
+        elements=str(elements),
+        median_us=number(1e6 * found.median),
+        spread=number(found.spread, 2),
+        melements=number(1e-6 * elements / found.median),
+        over_tfp=number(tfp, 3),
+        over_scipy=number(scipy, 3),
+        timing=found.method,
+        **rows.environment(),
+    )
 
 
 @functools.cache
