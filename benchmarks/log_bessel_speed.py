@@ -43,15 +43,15 @@ BASELINES = ("tfp", "scipy")
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
-    jax.config.update("jax_enable_x64", True)
     out = options.out or rows.RESULTS / f"{rows.device_name()}_log_bessel.csv"
-    for dtype in options.dtypes:
-        rows.append(out, limits(dtype, options.elements))
-        for region in options.regions:
-            for order in options.orders:
-                points = draw(region, order, options.elements, dtype)
-                for function in FUNCTIONS:
-                    rows.append(out, measure(function, region, order, points, options.implementations))
+    with jax.enable_x64(True):
+        for dtype in options.dtypes:
+            rows.append(out, limits(dtype, options.elements))
+            for region in options.regions:
+                for order in options.orders:
+                    points = draw(region, order, options.elements, dtype)
+                    for function in FUNCTIONS:
+                        rows.append(out, measure(function, region, order, points, options.implementations))
     return 0
 
 

@@ -6,8 +6,9 @@
     <!-- end benchmarks -->
 
 `models` in the place of an operation shows whole models, `decoding` their decode steps alone, `vit` vision
-transformers, `fastattention_operator`, and so on, a part of what benchmarks/fastattention.py measures. The second word
-begins the name of the file of results; `compression vit` shows what compressing vision transformers is worth.
+transformers, `log_bessel` elements a second, `fastattention_operator`, and so on, a part of what
+benchmarks/fastattention.py measures. The second word begins the name of the file of results; `compression vit` shows
+what compressing vision transformers is worth.
 
 Without arguments it takes every Markdown file of the repository; `--check` changes nothing and exits with 1 if a table
 is not what the results say.
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from benchmarks import rows
 from benchmarks.baselines import BASELINES
-from benchmarks.rows import CompressionRow, ModelRow, PaperRow, Row, VitRow, number
+from benchmarks.rows import BesselRow, CompressionRow, ModelRow, PaperRow, Row, VitRow, number
 from benchmarks.vit_compression import in_order
 
 _MARKED = re.compile(
@@ -66,6 +67,8 @@ def fill(text: str, results: Path) -> str:
             lines = decoding_table(wanted) if what == "decoding" else model_table(wanted)
         elif what == "vit":
             lines = vit_table(rows.read(results / f"{device}_vit.csv", VitRow))
+        elif what == "log_bessel":
+            lines = bessel_table(rows.read(results / f"{device}_log_bessel.csv", BesselRow))
         elif what == "compression":
             lines = compression_table(rows.read(results / f"{device}_compression.csv", CompressionRow))
         elif what.startswith("fastattention_"):
@@ -168,6 +171,28 @@ def vit_table(measured: Sequence[VitRow]) -> list[str]:
         times = [row.busy_us, row.wall_us, row.images_per_s, ratio]
         cells.append([f"`{row.model}`", row.batch, row.variant, *times, row.error, row.commit])
     return markdown(header, cells)
+
+
+def bessel_table(measured: Sequence[BesselRow]) -> list[str]:
+    """The fastest of ours beside each other implementation, millions of elements a second, "shuffled / sorted"."""
+    found = {(row.function, row.region, row.dtype, row.implementation, row.order): row for row in measured}
+    calls = dict.fromkeys((row.function, row.region, row.dtype) for row in measured if row.function.startswith("log "))
+    names = list(dict.fromkeys(row.implementation for row in measured if row.function.startswith("log ")))
+    ours, *others = names
+    ratios = [name for name in ("tfp", "scipy") if name in names]
+    header = ["", "region", "type", f"`{ours}`, M/s", *(f"{name}, M/s" for name in others)]
+    cells = []
+
+    def both(call: tuple[str, str, str], name: str, attribute: str) -> str:
+        orders = (found.get((*call, name, order)) for order in ("shuffled", "sorted"))
+        return " / ".join(getattr(row, attribute) for row in orders if row)
+
+    for call in calls:
+        speeds = [both(call, name, "melements") for name in names]
+        times = [both(call, ours, f"over_{name}") for name in ratios]
+        commit = next(row.commit for key, row in found.items() if key[:4] == (*call, ours))
+        cells.append([*call, *speeds, *times, commit])
+    return markdown([*header, *(f"times {name}" for name in ratios), "commit"], cells)
 
 
 def compression_table(measured: Sequence[CompressionRow]) -> list[str]:

@@ -20,6 +20,7 @@ from benchmarks import (
     fastattention,
     flat_gemm_sweep,
     live_tiles,
+    log_bessel_speed,
     models,
     operations,
     plot,
@@ -314,6 +315,23 @@ def test_tables_of_vision_transformers(tmp_path):
     ]
     vit_compression.plot([small, dense], tmp_path / "vit_compression.png")
     assert (tmp_path / "vit_compression.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_log_bessel_speed(tmp_path, capsys):
+    """What the driver measures is a table: ours beside SciPy, "shuffled / sorted"."""
+    file = tmp_path / "cpu_log_bessel.csv"
+    options = ["--implementations=xla,mosaic_gpu,scipy", "--dtypes=float64", "--regions=large", "--elements=4096"]
+    assert log_bessel_speed.main([*options, f"--out={file}"]) == 0
+    assert "mosaic_gpu   not run: log_bessel" in capsys.readouterr().out
+    header, _, of_i, of_k = table.bessel_table(rows.read(file, rows.BesselRow))
+    assert header.startswith("|  | region | type | `xla`, M/s | scipy, M/s | times scipy |")
+    assert of_i.startswith("| log I | large | float64 |")
+    assert of_k.startswith("| log K | large | float64 |")
+    assert all(line.count(" / ") == 3 for line in (of_i, of_k))
+    with jax.enable_x64(True), pytest.raises(AssertionError, match=r"log I of 1.0, 1.0 is wrong by 5.7e-01"):
+        log_bessel_speed.check(
+            jnp.asarray([0.0, 1.0]), "log I", (np.array([1.0, 2.0]), np.array([1.0, 3.0])), single=1e-6
+        )
 
 
 def test_plot(tmp_path):
