@@ -22,7 +22,7 @@ from pallas_kernels.core.mma import cost_option
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.log_bessel.edges import Keep
 from pallas_kernels.log_bessel.expressions import Found
-from pallas_kernels.log_bessel.reference import Compute, Ways, select
+from pallas_kernels.log_bessel.reference import Ways, only_if, select
 
 # Elements of a tile, of I and of K: smaller ones agree more often, larger ones share a vote; measured on an H100.
 TILE = {"float64": {True: 256, False: 128}, "float32": {True: 256, False: 256}}
@@ -46,7 +46,7 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
     def kernel(v_ref: Any, x_ref: Any, *out: Any) -> None:
         here = pl.ds(lax.axis_index("tile") * tile, tile)
         v, x = (plgpu.load(ref.at[here], layout=layout, optimized=False) for ref in (v_ref, x_ref))
-        found = select(v, x, Ways(_if, lambda x: x), first=first, keep=keep, large_order=large_order)
+        found = select(v, x, Ways(only_if, lambda x: x), first=first, keep=keep, large_order=large_order)
         for ref, array in zip(out, jax.tree.leaves(found), strict=True):
             ref[here] = array
 
@@ -61,10 +61,3 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
         **cost_option(flops=400 * n, transcendentals=0, bytes_accessed=3 * n * x.dtype.itemsize),
     )(*padded)
     return jax.tree.unflatten(jax.tree.structure(kept), [a[:n].reshape(x.shape) for a in out])
-
-
-def _if(some: jax.Array, there: Compute, otherwise: Compute | None) -> Any:
-    def nothing() -> Any:
-        return jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), jax.eval_shape(there))
-
-    return lax.cond(some, there, otherwise or nothing)

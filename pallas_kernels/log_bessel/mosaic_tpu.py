@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -21,7 +20,7 @@ from pallas_kernels.core.tpu import LANES, round_up
 from pallas_kernels.core.varying import vary_like
 from pallas_kernels.log_bessel.edges import Keep
 from pallas_kernels.log_bessel.expressions import Found
-from pallas_kernels.log_bessel.reference import Compute, Ways, select
+from pallas_kernels.log_bessel.reference import Ways, only_if, select
 
 ROWS, GROUP = 512, 16
 
@@ -52,7 +51,12 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
         def _(i: Any) -> None:
             here = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
             found = select(
-                v_ref[here, :], x_ref[here, :], Ways(_if, lambda x: x), first=first, keep=keep, large_order=large_order
+                v_ref[here, :],
+                x_ref[here, :],
+                Ways(only_if, lambda x: x),
+                first=first,
+                keep=keep,
+                large_order=large_order,
             )
             for ref, array in zip(out, jax.tree.leaves(found), strict=True):
                 ref[here, :] = array
@@ -71,10 +75,3 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
         name=f"log_bessel_{'i' if first else 'k'}",
     )(*arguments)
     return jax.tree.unflatten(jax.tree.structure(kept), [a.ravel()[:n].reshape(x.shape) for a in out])
-
-
-def _if(some: jax.Array, there: Compute, otherwise: Compute | None) -> Any:
-    def nothing() -> Any:
-        return jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), jax.eval_shape(there))
-
-    return lax.cond(some, there, otherwise or nothing)

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
+from pallas_kernels.core.varying import vary_like
 from pallas_kernels.log_bessel.edges import Keep, everywhere
 from pallas_kernels.log_bessel.expressions import (
     LARGE,
@@ -25,12 +27,25 @@ Compute = Callable[[], Any]
 
 
 class Ways(NamedTuple):
-    """How an implementation goes through the expressions."""
+    """How an implementation goes through the expressions.
 
-    when: Callable[
-        [jax.Array, Compute, Compute | None], Any
-    ]  # (does some element need it?, what, what else to compute)
+    Attributes:
+      when: (some, there, otherwise) -> what `there` computes, which some element needs or not; if not, anything of that
+        shape, or what `otherwise` computes.
+      once: see expressions.py.
+    """
+
+    when: Callable[[jax.Array, Compute, Compute | None], Any]
     once: Once
+
+
+def only_if(some: jax.Array, there: Compute, otherwise: Compute | None) -> Any:
+    """A `when` by which what no element needs is not computed."""
+
+    def nothing() -> Any:
+        return jax.tree.map(lambda a: vary_like(jnp.ones(a.shape, a.dtype), some), jax.eval_shape(there))
+
+    return lax.cond(some, there, otherwise or nothing)
 
 
 def supports(call: Call, device: Device) -> Refusal | None:
@@ -71,11 +86,9 @@ def by_region(v: jax.Array, x: jax.Array, ways: Ways, *, first: bool, keep: Keep
             def these() -> Any:
                 return keep(large(*arguments, first=first, terms=levels[at][1]))
 
-            return (
-                these()
-                if at + 1 == len(levels)
-                else ways.when(least_large <= levels[at + 1][0], these, lambda: debye(at + 1))
-            )
+            if at + 1 == len(levels):
+                return these()
+            return ways.when(least_large <= levels[at + 1][0], these, lambda: debye(at + 1))
 
         return debye(0)
 

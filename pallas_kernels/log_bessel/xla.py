@@ -9,10 +9,9 @@ from jax import lax
 
 from pallas_kernels.core.device import Device
 from pallas_kernels.core.dispatch import Call, Refusal
-from pallas_kernels.core.varying import vary_like
 from pallas_kernels.log_bessel import reference
 from pallas_kernels.log_bessel.edges import Keep
-from pallas_kernels.log_bessel.reference import Compute, Ways
+from pallas_kernels.log_bessel.reference import Ways, only_if
 
 BLOCK = 1 << 15  # elements that a CPU's caches hold, intermediate ones and all, and enough for a thread to be worth it
 
@@ -26,7 +25,7 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
 
     def compute(v: jax.Array, x: jax.Array) -> Any:
         return reference.select(
-            v, x, Ways(_if, lax.optimization_barrier), first=first, keep=keep, large_order=large_order
+            v, x, Ways(only_if, lax.optimization_barrier), first=first, keep=keep, large_order=large_order
         )
 
     def in_blocks(v: jax.Array, x: jax.Array) -> Any:
@@ -41,10 +40,3 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
     if x.size <= BLOCK:
         return compute(v, x)
     return lax.platform_dependent(v, x, cpu=in_blocks, default=compute)
-
-
-def _if(some: jax.Array, there: Compute, otherwise: Compute | None) -> Any:
-    def nothing() -> Any:
-        return jax.tree.map(lambda a: vary_like(jnp.ones(a.shape, a.dtype), some), jax.eval_shape(there))
-
-    return lax.cond(some, there, otherwise or nothing)
