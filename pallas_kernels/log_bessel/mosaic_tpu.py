@@ -50,14 +50,8 @@ def evaluate(v: jax.Array, x: jax.Array, *, first: bool, keep: Keep, large_order
         @pl.loop(0, block // GROUP)
         def _(i: Any) -> None:
             here = pl.ds(pl.multiple_of(i * GROUP, GROUP), GROUP)
-            found = select(
-                v_ref[here, :],
-                x_ref[here, :],
-                Ways(only_if, lambda x: x),
-                first=first,
-                keep=keep,
-                large_order=large_order,
-            )
+            v, x = v_ref[here, :], x_ref[here, :]
+            found = select(v, x, Ways(only_if, lambda x: x), first=first, keep=keep, large_order=large_order)
             for ref, array in zip(out, jax.tree.leaves(found), strict=True):
                 ref[here, :] = array
 
