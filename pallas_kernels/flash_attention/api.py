@@ -169,6 +169,41 @@ def flash_attention(
     return (out, *more) if more else out
 
 
+def gradients_of_part(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    out: jax.Array,
+    lse: jax.Array,
+    dout: jax.Array,
+    dlse: jax.Array,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What some of the keys add to the gradients, when `out` and `lse` are those over all keys: the backward pass of
+    attention whose keys are visited in parts, of which none is kept (ring attention, parallel/context.py).
+
+    Args:
+      query, key, value, mask, scale, soft_cap, implementation: as of `flash_attention`, key, value, mask of the part.
+      out: [B, T, N, Hv], the whole output.
+      lse: float32 [B, N, T], of all keys.
+      dout, dlse: gradients of these.
+
+    Returns:
+      Of key and value the gradients, of query the summand of this part, in the types of these.
+    """
+    call = describe(query, key, value, mask=mask, scale=scale, soft_cap=soft_cap)
+    backward = dispatch.choose(call.backward(), implementation)
+    inputs = vary_like(_Inputs(query, key, value, None, None, mask, None), (query, key, value, out, lse, dout, dlse))
+    options = _Options(call.option("scale"), soft_cap)
+    plan = _Plan(options, backward, None, backward, _config(backward, None))
+    (gradients,) = _backward_rule(plan, (inputs, out, lse), (dout, dlse, None))
+    return gradients.query, gradients.key, gradients.value
+
+
 def describe(
     query: jax.Array,
     key: jax.Array,
