@@ -194,12 +194,12 @@ def _forward(
 ) -> tuple[Array, Array]:
     """Output, and LSE [B, N, T]."""
     visitor = _Visitor(key, value, positions, segment_ids)
-    out, lse = None, None
+    parts: list[tuple[Array, Array]] = []
     for hop in range(ring.size):
         # Sent before it is attended to: the next hop's copy runs under this hop's products.
         following = ring.passed_on(visitor) if hop + 1 < ring.size else visitor
         mask = _mask(positions, segment_ids, visitor.positions, visitor.segment_ids)
-        more, more_lse = flash_attention(
+        out, lse = flash_attention(
             query,
             visitor.key,
             visitor.value,
@@ -208,16 +208,16 @@ def _forward(
             return_lse=True,
             implementation=ring.implementation,
         )
-        more = more.astype(jnp.promote_types(more.dtype, jnp.float32))
-        out, lse = (more, more_lse) if out is None else _merged(out, lse, more, more_lse)
+        parts.append((out.astype(jnp.promote_types(out.dtype, jnp.float32)), lse))
+        parts = [functools.reduce(_merged, parts)]
         visitor = following
-    assert out is not None
-    assert lse is not None
+    ((out, lse),) = parts
     return out.astype(query.dtype), lse
 
 
-def _merged(out: Array, lse: Array, more: Array, more_lse: Array) -> tuple[Array, Array]:
-    """Of two parts of the keys. A row that saw none has LSE -inf."""
+def _merged(part: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Output and LSE of two parts of the keys. A row that saw none has LSE -inf."""
+    (out, lse), (more, more_lse) = part, other
     most = jnp.maximum(lse, more_lse)
     most = jnp.where(most == -jnp.inf, 0, most)
     weights = [jnp.exp(x - most) for x in (lse, more_lse)]

@@ -2,6 +2,7 @@
 """Attention over devices against the same on one."""
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ def test_bad_arguments_are_named():
     ):
         context_attention(q, k, v, positions, ids, mesh=mesh, method="all_to_all")
     with pytest.raises(ValueError, match=r'method must be "ring" or "all_to_all", got \'tree\''):
-        context_attention(q, k, v, positions, ids, mesh=mesh, method="tree")
+        context_attention(q, k, v, positions, ids, mesh=mesh, method=cast(Any, "tree"))
     with pytest.raises(ValueError, match="T=100 must be a multiple of the 8 devices of context"):
         context_attention(q[:, :100], k[:, :100], v[:, :100], positions[:, :100], ids[:, :100], mesh=mesh)
     with pytest.raises(ValueError, match="a document of 20 tokens cannot be cut into 16 equal chunks; pad it to 32"):
