@@ -4,8 +4,8 @@
     python -m benchmarks.context_attention                                       every device of the mesh axis context
     python -m benchmarks.context_attention --lengths=8192,32768 --heads=16,4
 
-Wall clock of a call and of a call with its gradients; output and gradients are held to those of one device first. TFLOP/s
-are of the causal half, of a device; backward is two and a half times forward.
+Wall clock of a call and of a call with its gradients; output and gradients are held to those of one device first.
+TFLOP/s are of the causal half, of a device; backward is two and a half times forward.
 """
 
 import argparse
@@ -43,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("| T | heads | one, ms | all, ms | times | TFLOP/s | with gradients: one, ms | all, ms | times | TFLOP/s |")
     print(f"|{' --- |' * 10}")
     for T in options.lengths:
-        forward, both = measure(T, *options.heads, options.dtype, options.method)
-        flops = 2 * T * T * options.heads[0] * H / devices  # two products over half of the pairs
+        N, K = options.heads
+        forward, both = measure(T, N, K, options.dtype, options.method)
+        flops = 2 * T * T * N * H / devices  # two products over half of the pairs
         cells = []
         for (one, ring), work in ((forward, flops), (both, 3.5 * flops)):
             cells.append(f"{1e3 * one:.2f} | {1e3 * ring:.2f} | {one / ring:.2f} | {work / ring / 1e12:.0f}")
-        print(f"| {T} | {options.heads[0]}, {options.heads[1]} | {' | '.join(cells)} |", flush=True)
+        print(f"| {T} | {N}, {K} | {' | '.join(cells)} |", flush=True)
     return 0
 
 
