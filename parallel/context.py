@@ -151,11 +151,26 @@ def ring_attention(
     segment_ids: Array,
     *,
     axis: str,
+    groups: Sequence[int] | None = None,
     scale: float | None = None,
     implementation: Implementation = "auto",
 ) -> Array:
-    """Inside shard_map: as `context_attention` by "ring", of this device's rows."""
-    ring = _Ring(axis, scale, implementation)
+    """Inside shard_map: as `context_attention` by "ring", of this device's rows.
+
+    Args:
+      groups: sizes of runs of neighboring devices, each of which is a ring of its own with other documents; they have
+        the axis's size together, and divide the largest. None is one ring of all. Document numbers are not negative.
+
+    Raises:
+      ValueError: the groups are no such.
+    """
+    size = lax.axis_size(axis)
+    sizes = (size,) if groups is None else tuple(groups)
+    if sum(sizes) != size or min(sizes) < 1 or any(max(sizes) % n for n in sizes):
+        raise ValueError(
+            f"ring_attention: groups must have {size} devices together, and divide the largest, got {list(sizes)}"
+        )
+    ring = _Ring(axis, sizes, scale, implementation)
     arrays = vary_like((query, key, value, positions, segment_ids), (query, key, value, positions, segment_ids))
     found: Any = _ring_attention(ring, *arrays)
     return found
@@ -163,17 +178,30 @@ def ring_attention(
 
 class _Ring(NamedTuple):
     axis: str
+    groups: tuple[int, ...]  # sizes of runs of devices, each a ring of its own
     scale: float | None
     implementation: Implementation
 
     @property
-    def size(self) -> int:
-        return lax.axis_size(self.axis)
+    def hops(self) -> int:
+        """Of the largest group. All sizes divide it: what travels is home after it in every group."""
+        return max(self.groups)
 
     def passed_on(self, tree: Any) -> Any:
-        """What this device's neighbor had."""
-        neighbors = [(i, (i + 1) % self.size) for i in range(self.size)]
+        """What this device's neighbor in its group had: one exchange for all groups."""
+        neighbors, first = [], 0
+        for size in self.groups:
+            neighbors += [(first + i, first + (i + 1) % size) for i in range(size)]
+            first += size
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, neighbors), tree)
+
+    def seen(self, visitor: "_Visitor", hop: int) -> "_Visitor":
+        """A visitor that has been here before is of no document: smaller groups are done."""
+        if hop < min(self.groups):
+            return visitor
+        sizes = np.repeat(self.groups, self.groups).astype(np.int32)
+        done = hop >= jnp.asarray(sizes)[lax.axis_index(self.axis)]
+        return visitor._replace(segment_ids=jnp.where(done, -1, visitor.segment_ids))
 
 
 class _Visitor(NamedTuple):
@@ -195,10 +223,11 @@ def _forward(
     """Output, and LSE [B, N, T]."""
     visitor = _Visitor(key, value, positions, segment_ids)
     parts: list[tuple[Array, Array]] = []
-    for hop in range(ring.size):
+    for hop in range(ring.hops):
         # Sent before it is attended to: the next hop's copy runs under this hop's products.
-        following = ring.passed_on(visitor) if hop + 1 < ring.size else visitor
-        mask = _mask(positions, segment_ids, visitor.positions, visitor.segment_ids)
+        following = ring.passed_on(visitor) if hop + 1 < ring.hops else visitor
+        seen = ring.seen(visitor, hop)
+        mask = _mask(positions, segment_ids, seen.positions, seen.segment_ids)
         out, lse = flash_attention(
             query,
             visitor.key,
@@ -241,9 +270,10 @@ def _backward_rule(ring: _Ring, residuals: tuple[Any, ...], dout: Array) -> tupl
     visitor = _Visitor(key, value, positions, segment_ids)
     kind = jnp.promote_types(query.dtype, jnp.float32)
     dquery, dkey, dvalue = (vary_like(jnp.zeros(x.shape, kind), x) for x in (query, key, value))
-    for hop in range(ring.size):
-        following = ring.passed_on(visitor) if hop + 1 < ring.size else visitor
-        mask = _mask(positions, segment_ids, visitor.positions, visitor.segment_ids)
+    for hop in range(ring.hops):
+        following = ring.passed_on(visitor) if hop + 1 < ring.hops else visitor
+        seen = ring.seen(visitor, hop)
+        mask = _mask(positions, segment_ids, seen.positions, seen.segment_ids)
         more = gradients_of_part(
             query,
             visitor.key,

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import flash_attention, masks
-from parallel.context import context_attention, padded_length, zigzag
+from parallel.context import context_attention, padded_length, ring_attention, zigzag
 from parallel.mesh import make_mesh
 
 # Packed documents of two rows of 128 tokens: whole multiples of 2 * 8.
@@ -71,6 +71,35 @@ def test_float64_agrees_to_the_last_digits(float64):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize("groups", [(4, 2, 1, 1), (1, 1, 2, 4), (2, 2, 2, 2), (1,) * 8])
+def test_groups_are_rings_of_their_own(groups):
+    """Hybrid data parallelism: documents of some devices each, in one program, with one exchange a hop. Numbers of
+    documents repeat from group to group."""
+    mesh, each = make_mesh("context:8"), 16
+    keys = jax.random.split(jax.random.key(3), 4)
+    q, dout = (jax.random.normal(key, (1, 8 * each, 4, 16)) for key in keys[:2])
+    k, v = (jax.random.normal(key, (1, 8 * each, 2, 16)) for key in keys[2:])
+    order, positions, whose = [], [], []
+    for group, size in enumerate(groups):
+        order.append(len(whose) + zigzag([size * each], size))
+        positions += range(size * each)
+        whose += [group] * (size * each)
+    order = np.concatenate(order)
+    positions = jnp.asarray(positions, jnp.int32)[None, order]
+    ids = jnp.zeros_like(positions)
+    rows = P(None, "context")
+    attend = jax.shard_map(
+        functools.partial(ring_attention, axis="context", groups=groups),
+        mesh=mesh,
+        in_specs=(rows,) * 5,
+        out_specs=rows,
+    )
+    found = jax.jit(functools.partial(gradients, attend))(q, k, v, positions, ids, dout)
+    apart = jnp.asarray(whose, jnp.int32)[None, order]
+    for a, b in zip(found, gradients(on_one_device, q, k, v, positions, apart, dout), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
+
+
 def test_every_device_has_the_same_work():
     """Pairs of tokens that see each other, of each device's queries: within one part in a hundred, where contiguous
     pieces differ by four times."""
@@ -114,4 +143,11 @@ def test_bad_arguments_are_named():
         context_attention(q[:, :100], k[:, :100], v[:, :100], positions[:, :100], ids[:, :100], mesh=mesh)
     with pytest.raises(ValueError, match="a document of 20 tokens cannot be cut into 16 equal chunks; pad it to 32"):
         zigzag([16, 20], 8)
+    ring = functools.partial(ring_attention, axis="context", groups=(4, 3, 1))
+    with pytest.raises(
+        ValueError, match=r"groups must have 8 devices together, and divide the largest, got \[4, 3, 1\]"
+    ):
+        jax.shard_map(ring, mesh=mesh, in_specs=(P(None, "context"),) * 5, out_specs=P(None, "context"))(
+            q, k, v, positions, ids
+        )
     assert [padded_length(n, 8) for n in (1, 16, 17)] == [16, 16, 32]
