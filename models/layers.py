@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +169,12 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return (wide * jax.lax.rsqrt(mean_square + epsilon) * scale).astype(x.dtype)
 
 
+class Attend(Protocol):
+    """Attention in the place of a mask's: of keys that other devices have, say (parallel/context.py). A pytree."""
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, *, implementation: Any) -> jax.Array: ...
+
+
 def causal_mask(sliding_window: int | None) -> masks.Mask:
     """A token sees itself and what is before it, `sliding_window` tokens in all if that is not None."""
     return masks.Causal() if sliding_window is None else masks.Window(sliding_window - 1, 0)
@@ -228,13 +234,16 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask: masks.Mask,
+        mask: masks.Mask | Attend,
     ) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
         B, T, _ = x.shape
         query, key, value = self.inputs(x, rope)
         query, key, value = checkpoint_name((query, key, value), "attention_inputs")
-        out = flash_attention(query, key, value, mask=mask, implementation=self.implementation)
+        if isinstance(mask, masks.Mask):
+            out = flash_attention(query, key, value, mask=mask, implementation=self.implementation)
+        else:
+            out = mask(query, key, value, implementation=self.implementation)
         return self.out(out.reshape(B, T, -1))
 
     def inputs(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -283,7 +292,7 @@ class Block(nnx.Module):
         self,
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
-        mask: masks.Mask,
+        mask: masks.Mask | Attend,
     ) -> jax.Array:
         x = x + self.attention(self.attention_norm(x), rope, mask)
         return x + self.mlp(self.mlp_norm(x))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.layers import Block, BlockConfig, RMSNorm, RopeScaling, causal_mask, rope_tables, vocabulary_logits
+from models.layers import Attend, Block, BlockConfig, RMSNorm, RopeScaling, causal_mask, rope_tables, vocabulary_logits
 from pallas_kernels import masks
 
 
@@ -179,6 +179,7 @@ class Llama(nnx.Module):
         *,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
+        attend: Attend | None = None,
     ) -> jax.Array:
         """Runs the blocks and the final norm.
 
@@ -187,18 +188,25 @@ class Llama(nnx.Module):
           positions: int32 [B, T] or [T], for the rotary embedding only; None means 0, 1, ... Packed rows restart
             them in each document.
           segment_ids: int32 [B, T]: the document of each token; attention stays within equal ids.
+          attend: attention in the place of causal attention within documents; it knows who sees whom.
 
         Returns:
           [B, T, D].
+
+        Raises:
+          ValueError: `attend` with a sliding window, of which it knows nothing.
         """
         B, T, _ = x.shape
         positions = jnp.arange(T, dtype=jnp.int32) if positions is None else positions
         positions = jnp.broadcast_to(positions, (B, T))
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         # By index in the row, not by position: positions of packed documents restart, indices do not.
+        if attend is not None and self.config.sliding_window is not None:
+            raise ValueError(f"Llama: attend= has no sliding_window={self.config.sliding_window}; set it to None")
         mask = causal_mask(self.config.sliding_window)
         if segment_ids is not None:
             mask = mask & masks.Segments(segment_ids, segment_ids)
+        mask = mask if attend is None else attend
         graphdef, stacked = nnx.split(self.blocks)
         return self.final_norm(_run_blocks(graphdef, stacked, x.astype(self.dtype), rope, mask, remat=self.remat))
 
@@ -224,7 +232,7 @@ def _run_blocks(
     stacked: nnx.State,
     x: jax.Array,
     rope: tuple[jax.Array, jax.Array],
-    mask: masks.Mask,
+    mask: masks.Mask | Attend,
     *,
     remat: str | None,
 ) -> jax.Array:

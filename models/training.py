@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from models.layers import Attend
 from models.llama import Llama
 
 Batch = dict[str, Any]  # name -> array, as data.PackedRows names them
@@ -32,18 +33,23 @@ LOGITS_PER_CHUNK = 2**28
 # --- Loss ----------------------------------------------------------------------------------------------------
 
 
-def language_model_loss(model: Llama, batch: Batch, *, z_loss: float = 0.0) -> tuple[jax.Array, jax.Array]:
+def language_model_loss(
+    model: Llama, batch: Batch, *, z_loss: float = 0.0, attend: Attend | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Next-token cross-entropy of packed rows (see data.PackedRows).
 
     Args:
       model: a Llama.
       batch: tokens, targets, segment_ids, positions int32 [B, T] and weights float32 [B, T].
       z_loss: weight of the square of log Z, which keeps logits from drifting (PaLM, arXiv:2204.02311, section 5).
+      attend: as of Llama.hidden, where rows are parts of documents.
 
     Returns:
       (sum of weights * loss, sum of weights), in nats.
     """
-    hidden = model.hidden(model.embed(batch["tokens"]), positions=batch["positions"], segment_ids=batch["segment_ids"])
+    hidden = model.hidden(
+        model.embed(batch["tokens"]), positions=batch["positions"], segment_ids=batch["segment_ids"], attend=attend
+    )
     loss = cross_entropy(model.logits, hidden, batch["targets"], batch["weights"], z_loss=z_loss)
     return loss, batch["weights"].sum()
 

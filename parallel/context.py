@@ -15,6 +15,7 @@ Sources: Liu et al., "Ring Attention with Blockwise Transformers for Near-Infini
 "DeepSpeed Ulysses", 2023; Ge et al., "ByteScale", 2025, section 4 (chunks of each document of a packed row).
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -174,6 +175,32 @@ def ring_attention(
     arrays = vary_like((query, key, value, positions, segment_ids), (query, key, value, positions, segment_ids))
     found: Any = _ring_attention(ring, *arrays)
     return found
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["positions", "segment_ids"],
+    meta_fields=["axis", "groups"],
+)
+@dataclasses.dataclass(frozen=True)
+class RingAttend:
+    """`ring_attention` as a model takes it (models.layers.Attend): what says who sees whom, of this device's rows.
+
+    Attributes:
+      positions, segment_ids: int32 [B, T].
+      axis, groups: as of `ring_attention`.
+    """
+
+    positions: Array
+    segment_ids: Array
+    axis: str
+    groups: tuple[int, ...] | None = None
+
+    def __call__(self, query: Array, key: Array, value: Array, *, implementation: Implementation) -> Array:
+        who = self.positions, self.segment_ids
+        return ring_attention(
+            query, key, value, *who, axis=self.axis, groups=self.groups, implementation=implementation
+        )
 
 
 class _Ring(NamedTuple):

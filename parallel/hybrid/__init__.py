@@ -3,7 +3,9 @@
 
     plan.py       what a sequence costs, how many devices it takes, how short ones are packed
     balance.py    which devices take which, and when
-    simulate.py   the same on paper, for thousands of devices
+    layout.py     micro-batches of all devices as arrays, zigzagged
+    execute.py    loss and gradients of a plan: a program for each layout, one sum at the end
+    simulate.py   plans on paper, for thousands of devices
 
 Source: Ge et al., "ByteScale: Efficient Scaling of LLM Training with a 2048K Context Length on More Than 12,000 GPUs",
 2025.
