@@ -35,6 +35,7 @@ from pallas_kernels.masks import Causal, Mask, Segments
 
 Method = Literal["ring", "all_to_all"]
 Array = jax.Array
+Sums = tuple[Array, Array, Array]  # gradients of query, key and value
 
 
 def zigzag(lengths: Sequence[int], devices: int) -> np.ndarray:
@@ -222,9 +223,9 @@ class _Ring(NamedTuple):
             first += size
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis, neighbors), tree)
 
-    def seen(self, visitor: "_Visitor", hop: int) -> "_Visitor":
+    def seen(self, visitor: "_Visitor", hop: Any) -> "_Visitor":
         """A visitor that has been here before is of no document: smaller groups are done."""
-        if hop < min(self.groups):
+        if len(set(self.groups)) == 1:
             return visitor
         sizes = np.repeat(self.groups, self.groups).astype(np.int32)
         done = hop >= jnp.asarray(sizes)[lax.axis_index(self.axis)]
@@ -248,26 +249,26 @@ def _forward(
     ring: _Ring, query: Array, key: Array, value: Array, positions: Array, segment_ids: Array
 ) -> tuple[Array, Array]:
     """Output, and LSE [B, N, T]."""
-    visitor = _Visitor(key, value, positions, segment_ids)
-    parts: list[tuple[Array, Array]] = []
-    for hop in range(ring.hops):
+
+    def attend(visitor: _Visitor, hop: Any) -> tuple[Array, Array]:
+        mask = _mask(positions, segment_ids, *ring.seen(visitor, hop)[2:])
+        options: dict[str, Any] = {"scale": ring.scale, "implementation": ring.implementation}
+        out, lse = flash_attention(query, visitor.key, visitor.value, mask=mask, return_lse=True, **options)
+        return out.astype(jnp.promote_types(out.dtype, jnp.float32)), lse
+
+    def visit(hop: Any, carry: tuple[_Visitor, tuple[Array, Array]]) -> tuple[_Visitor, tuple[Array, Array]]:
+        visitor, part = carry
         # Sent before it is attended to: the next hop's copy runs under this hop's products.
-        following = ring.passed_on(visitor) if hop + 1 < ring.hops else visitor
-        seen = ring.seen(visitor, hop)
-        mask = _mask(positions, segment_ids, seen.positions, seen.segment_ids)
-        out, lse = flash_attention(
-            query,
-            visitor.key,
-            visitor.value,
-            mask=mask,
-            scale=ring.scale,
-            return_lse=True,
-            implementation=ring.implementation,
-        )
-        parts.append((out.astype(jnp.promote_types(out.dtype, jnp.float32)), lse))
-        parts = [functools.reduce(_merged, parts)]
-        visitor = following
-    ((out, lse),) = parts
+        return ring.passed_on(visitor), _merged(part, attend(visitor, hop))
+
+    visitor, last = _Visitor(key, value, positions, segment_ids), ring.hops - 1
+    if last == 0:
+        out, lse = attend(visitor, 0)
+    else:
+        of_out, of_lse = jax.eval_shape(attend, visitor, 0)
+        nothing = jnp.zeros(of_out.shape, of_out.dtype), jnp.full(of_lse.shape, -jnp.inf, of_lse.dtype)
+        visitor, part = lax.fori_loop(0, last, visit, (visitor, vary_like(nothing, (query, key, value))))
+        out, lse = _merged(part, attend(visitor, last))
     return out.astype(query.dtype), lse
 
 
@@ -294,33 +295,29 @@ def _forward_rule(ring: _Ring, *arrays: Array) -> tuple[Array, tuple[Any, ...]]:
 
 def _backward_rule(ring: _Ring, residuals: tuple[Any, ...], dout: Array) -> tuple[Any, ...]:
     (query, key, value, positions, segment_ids), out, lse = residuals
-    visitor = _Visitor(key, value, positions, segment_ids)
     kind = jnp.promote_types(query.dtype, jnp.float32)
-    dquery, dkey, dvalue = (vary_like(jnp.zeros(x.shape, kind), x) for x in (query, key, value))
-    for hop in range(ring.hops):
-        following = ring.passed_on(visitor) if hop + 1 < ring.hops else visitor
-        seen = ring.seen(visitor, hop)
-        mask = _mask(positions, segment_ids, seen.positions, seen.segment_ids)
-        more = gradients_of_part(
-            query,
-            visitor.key,
-            visitor.value,
-            out,
-            lse,
-            dout,
-            jnp.zeros_like(lse),
-            mask=mask,
-            scale=ring.scale,
-            implementation=ring.implementation,
-        )
-        dquery, dkey, dvalue = (
-            total + part.astype(kind) for total, part in zip((dquery, dkey, dvalue), more, strict=True)
-        )
-        # The last hop brings them home.
-        dkey, dvalue = ring.passed_on((dkey, dvalue))
-        visitor = following
-    gradients = (d.astype(x.dtype) for d, x in zip((dquery, dkey, dvalue), (query, key, value), strict=True))
-    return (*gradients, None, None)
+
+    def add(visitor: _Visitor, hop: Any, sums: Sums) -> Sums:
+        """Gradients of this hop; those of keys and values go on with these: the last hop brings them home."""
+        mask = _mask(positions, segment_ids, *ring.seen(visitor, hop)[2:])
+        options: dict[str, Any] = {"scale": ring.scale, "implementation": ring.implementation}
+        whole = out, lse, dout, jnp.zeros_like(lse)
+        more = gradients_of_part(query, visitor.key, visitor.value, *whole, mask=mask, **options)
+        dquery, dkey, dvalue = (total + part.astype(kind) for total, part in zip(sums, more, strict=True))
+        return dquery, *ring.passed_on((dkey, dvalue))
+
+    def visit(hop: Any, carry: tuple[_Visitor, Sums]) -> tuple[_Visitor, Sums]:
+        visitor, sums = carry
+        return ring.passed_on(visitor), add(visitor, hop, sums)
+
+    visitor, last = _Visitor(key, value, positions, segment_ids), ring.hops - 1
+    arrays = query, key, value
+    dquery, dkey, dvalue = (jnp.zeros(x.shape, kind) for x in arrays)
+    sums: Sums = vary_like((dquery, dkey, dvalue), (*arrays, dout))
+    if last:
+        visitor, sums = lax.fori_loop(0, last, visit, (visitor, sums))
+    sums = add(visitor, last, sums)
+    return (*(d.astype(x.dtype) for d, x in zip(sums, arrays, strict=True)), None, None)
 
 
 _ring_attention.defvjp(_forward_rule, _backward_rule)
