@@ -5,7 +5,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import mpmath
 import numpy as np
 import pytest
 import scipy.special
@@ -51,35 +50,6 @@ def test_more_elements_than_a_block(name):
     """A CPU goes through them block by block; the last is not whole."""
     v, x = (np.resize(a, 2 * xla.BLOCK + 5) for a in (V, X))
     np.testing.assert_allclose(FUNCTIONS[name][0](v, x), np.resize(FUNCTIONS[name][0](V, X), len(v)), rtol=1e-14)
-
-
-@pytest.mark.parametrize(
-    ("which", "modes"),
-    [
-        ("log", (jax.jacrev, jax.jacfwd)),
-        pytest.param("ratio", (jax.jacfwd, jax.jacfwd), marks=pytest.mark.slow),
-    ],
-    ids=["log_reverse", "ratio_forward"],
-)
-def test_second_derivatives(name, which, modes):
-    """Against differences of the reference sums, at 60 digits."""
-    function = FUNCTIONS[name][which == "ratio"]
-    exact = {"i": make_golden.of_i, "k": make_golden.of_k}[name]
-    outer, inner = modes
-    hessian = jax.jit(outer(inner(function, (0, 1)), (0, 1)))
-    for point in ((0.7, 0.3), (3.0, 5.0), (2.5, 60.0), (90.0, 40.0)):
-        expected = second_differences(lambda v, x: getattr(exact(v, x), which), *point)
-        np.testing.assert_allclose(np.array(hessian(*point)), expected, rtol=1e-8, atol=1e-10)
-
-
-def second_differences(function, v, x):
-    """[2, 2], of a function of mpmath's numbers."""
-    with mpmath.workdps(60):
-        h, v, x = mpmath.mpf(10) ** -12, mpmath.mpf(v), mpmath.mpf(x)
-        by_vv = function(v + h, x) - 2 * function(v, x) + function(v - h, x)
-        by_xx = function(v, x + h) - 2 * function(v, x) + function(v, x - h)
-        both = function(v + h, x + h) - function(v + h, x - h) - function(v - h, x + h) + function(v - h, x - h)
-        return np.array([[by_vv / h**2, both / (2 * h) ** 2], [both / (2 * h) ** 2, by_xx / h**2]], float)
 
 
 def test_identities(name):

@@ -139,7 +139,7 @@ def test_a_mixture_finds_its_clusters():
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
 def test_eight_devices_are_one(shape):
     """Samples over one axis of the mesh, features over the other."""
-    y, means = clusters()
+    y, _ = clusters()
     mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     axes = {"data_axis": "data", "feature_axis": "model"}
     of_one = VonMisesFisher(P("model"), P())
@@ -148,6 +148,12 @@ def test_eight_devices_are_one(shape):
     )
     for found, expected in zip(split(y), vmf.fit(y), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_a_mixture_on_eight_devices_is_that_of_one():
+    y, means = clusters()
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    axes = {"data_axis": "data", "feature_axis": "model"}
     mixed = jax.jit(
         jax.shard_map(
             functools.partial(vmf.fit_mixture, rounds=5, **axes),

@@ -84,40 +84,36 @@ def balanced():
     return waves([rounded(unit, LENGTHS, COST) for unit in units_of(LENGTHS, COST, DEVICES)], DEVICES)
 
 
-@pytest.fixture(scope="module")
-def executor():
-    return Executor(loss_of, make_mesh(f"context:{DEVICES}"))
+def test_loss_and_gradients():
+    """Of three plans, by one executor: what is compiled for one serves the others."""
+    executor = Executor(loss_of, make_mesh(f"context:{DEVICES}"))
+    loss_of_one, of_one = on_one_device()
+    for plan in (static, in_turn, balanced):
+        loss, gradients = executor.gradients(model()[1], plan(), documents(), CAPACITY)
+        np.testing.assert_allclose(loss, loss_of_one, rtol=1e-5, err_msg=plan.__name__)
+        for path, expected in jax.tree.leaves_with_path(of_one):
+            found = functools.reduce(lambda tree, key: tree[key.key], path, gradients)
+            atol = 1e-5 * float(jnp.abs(expected).max())
+            np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=f"{plan.__name__} {path}")
+    # Of each layout one program, however often a plan like it comes.
+    before = executor.programs
+    executor.gradients(model()[1], balanced(), documents(), CAPACITY)
+    assert executor.programs == before
 
 
-@pytest.mark.parametrize("plan", [static, in_turn, balanced])
-def test_loss_and_gradients(executor, plan):
-    loss, gradients = executor.gradients(model()[1], plan(), documents(), CAPACITY)
-    expected, of_one = on_one_device()
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    for path, expected in jax.tree.leaves_with_path(of_one):
-        found = functools.reduce(lambda tree, key: tree[key.key], path, gradients)
-        atol = 1e-5 * float(jnp.abs(expected).max())
-        np.testing.assert_allclose(found, expected, rtol=0, atol=atol, err_msg=str(path))
-
-
-def test_devices_take_different_numbers_of_documents(executor):
-    plan = balanced()
+def test_devices_take_different_numbers_of_documents():
     count = [0] * DEVICES
-    for wave in plan:
+    for wave in balanced():
         first = 0
         for group, unit in zip(wave.groups, wave.units, strict=True):
             for device in range(first, first + group):
                 count[device] += unit is not None
             first += group
     assert max(count) > min(count)
-    # Of each layout one program, however often a plan like it comes.
-    executor.gradients(model()[1], plan, documents(), CAPACITY)
-    before = executor.programs
-    executor.gradients(model()[1], plan, documents(), CAPACITY)
-    assert executor.programs == before
 
 
-def test_bad_plans_are_named(executor):
+def test_bad_plans_are_named():
+    executor = Executor(loss_of, make_mesh(f"context:{DEVICES}"))
     with pytest.raises(ValueError, match=r"a wave of groups \[4\] is not for 8 devices"):
         executor.gradients(model()[1], [Wave((4,), (None,))], documents(), CAPACITY)
     with pytest.raises(ValueError, match="the batch has no token with a target; documents need two tokens"):
