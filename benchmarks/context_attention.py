@@ -11,7 +11,6 @@ TFLOP/s are of the causal half, of a device; backward is two and a half times fo
 import argparse
 import functools
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks import timing
+from benchmarks.arguments import integers
 from pallas_kernels import flash_attention, masks
 from pallas_kernels.core import device
 from parallel.context import context_attention, zigzag
@@ -29,12 +30,9 @@ H, BATCH = 128, 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    def numbers(text: str) -> list[int]:
-        return [int(n) for n in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--lengths", type=numbers, default=[8192, 32768, 131072])
-    parser.add_argument("--heads", type=numbers, default=[16, 4], help="query heads, key heads")
+    parser.add_argument("--lengths", type=integers, default=[8192, 32768, 131072])
+    parser.add_argument("--heads", type=integers, default=[16, 4], help="query heads, key heads")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--method", default="ring", choices=["ring", "all_to_all"])
     options = parser.parse_args(argv)
@@ -80,24 +78,14 @@ def measure(T: int, N: int, K: int, dtype: str, method: Any) -> tuple[tuple[floa
         found, expected = np.asarray(found, np.float32), np.asarray(expected[:, order], np.float32)
         error = np.abs(found - expected).max() / np.abs(expected).max()
         assert error < 16 * float(jnp.finfo(dtype).eps), f"{name} of {T} tokens differs by {error:.1e}"
-    forward = seconds(jax.jit(of_one), q, k, v), seconds(jax.jit(of_all), *split[:3])
+    seconds = lambda function, *arguments: timing.measure(function, arguments, method="wall").median  # noqa: E731
+    forward = seconds(of_one, q, k, v), seconds(of_all, *split[:3])
     return forward, (seconds(one, q, k, v, dout), seconds(ring, *split))
 
 
 def gradients(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array) -> tuple[jax.Array, ...]:
     out, pull = jax.vjp(attend, q, k, v)
     return out, *pull(dout)
-
-
-def seconds(function: Callable, *arguments: jax.Array) -> float:
-    """Median of warm calls."""
-    jax.block_until_ready(function(*arguments))
-    found = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        found.append(time.perf_counter() - start)
-    return float(np.median(found))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -26,6 +26,7 @@ import numpy as np
 import scipy.special
 
 from benchmarks import rows, timing
+from benchmarks.arguments import some_of
 from benchmarks.rows import BesselRow, number
 from pallas_kernels import UnsupportedError, log_iv, log_kv
 
@@ -176,21 +177,12 @@ def time_scipy(function: str, points: Points) -> timing.Timing:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    def some(known: Sequence[str]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            names = text.split(",")
-            if unknown := [name for name in names if name not in known]:
-                raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known: {', '.join(known)}")
-            return names
-
-        return parse
-
     everywhere = [*REGIONS, "all"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--implementations", type=some(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
-    parser.add_argument("--dtypes", type=some(("float64", "float32")), default=["float64", "float32"])
-    parser.add_argument("--regions", type=some(everywhere), default=everywhere)
-    parser.add_argument("--orders", type=some(("shuffled", "sorted")), default=["shuffled", "sorted"])
+    parser.add_argument("--implementations", type=some_of(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
+    parser.add_argument("--dtypes", type=some_of(("float64", "float32")), default=["float64", "float32"])
+    parser.add_argument("--regions", type=some_of(everywhere), default=everywhere)
+    parser.add_argument("--orders", type=some_of(("shuffled", "sorted")), default=["shuffled", "sorted"])
     parser.add_argument("--elements", type=int, default=2**22)
     parser.add_argument("--out", type=Path, help="CSV file; default: benchmarks/results/<device>_log_bessel.csv")
     return parser.parse_args(argv)

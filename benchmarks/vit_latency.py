@@ -12,7 +12,7 @@ to benchmarks/results/<device>_vit.csv. On a GPU float32 products are TF32.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import rows, timing
+from benchmarks import arguments, rows, timing
 from benchmarks.rows import VitRow, number
 from models.arithmetic import FLOATING, Pair
 from models.qat import apply_masks
@@ -99,19 +99,10 @@ def measure(prepared: Prepared, classifier: Classifier, batch: int) -> dict[str,
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    def some(known: Sequence[str]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            names = text.split(",")
-            if unknown := [name for name in names if name not in known]:
-                raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; known: {', '.join(known)}")
-            return names
-
-        return parse
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", type=some(tuple(VIT_PRESETS)), default=["vit_b16_224", "deit_s16_224"])
-    parser.add_argument("--variants", type=some(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--batches", type=lambda text: [int(size) for size in text.split(",")], default=[1, 256])
+    parser.add_argument("--models", type=arguments.some_of(tuple(VIT_PRESETS)), default=["vit_b16_224", "deit_s16_224"])
+    parser.add_argument("--variants", type=arguments.some_of(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--batches", type=arguments.integers, default=[1, 256])
     parser.add_argument("--out", type=Path, help="CSV file; default: benchmarks/results/<device>_vit.csv")
     return parser.parse_args(argv)
 

@@ -9,9 +9,9 @@ package has a network trained on photographs), and of verses of the Bible, embed
 """
 
 import argparse
+import functools
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ import mpmath
 import numpy as np
 import scipy.special
 
+from benchmarks import timing
+from benchmarks.arguments import some_of
 from models import vmf
 from models.bert import SentenceEncoder
 from models.data import kjv_chapters
@@ -32,12 +34,12 @@ VERSES = 2048
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=["concentration", "features"])
+    parser.add_argument("--parts", type=some_of(list(PARTS)), default=list(PARTS))
     options = parser.parse_args(argv)
     print(f"{device.current()}, jax {jax.__version__}, float64\n")
     with jax.enable_x64(True):
         for part in options.parts:
-            {"concentration": concentrations, "features": features}[part]()
+            PARTS[part]()
     return 0
 
 
@@ -60,10 +62,10 @@ def features() -> None:
     print("| features | n | p | length of the mean | kappa | log likelihood | fit, ms | of it solving, ms |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, y in every_feature():
-        fitted, seconds = timed(jax.jit(vmf.fit), y)
+        fitted, seconds = jax.jit(vmf.fit)(y), timing.measure(vmf.fit, [y], method="wall").median
         length = jnp.linalg.norm(jnp.mean(y, axis=0))
         p = y.shape[1]
-        _, solving = timed(jax.jit(lambda length, p=p: vmf.concentration(p, length)), length)
+        solving = timing.measure(functools.partial(vmf.concentration, p), [length], method="wall").median
         likelihood = float(jnp.mean(fitted.log_prob(y)))
         figures = f"{float(length):.4f} | {float(fitted.kappa):.2f} | {likelihood:.2f}"
         print(f"| {name} | {len(y)} | {p} | {figures} | {1e3 * seconds:.2f} | {1e3 * solving:.3f} |", flush=True)
@@ -80,17 +82,6 @@ def every_feature() -> Any:
     yield "verses, all-MiniLM-L6-v2", jnp.asarray(embedded / np.linalg.norm(embedded, axis=1, keepdims=True))
 
 
-def timed(function: Callable, *arguments: jax.Array) -> tuple[Any, float]:
-    """The result, and the median of seconds of warm calls."""
-    found = jax.block_until_ready(function(*arguments))
-    seconds = []
-    for _ in range(9):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return found, float(np.median(seconds))
-
-
 def length_of(p: int, kappa: float) -> float:
     """I_{p/2}(kappa) / I_{p/2-1}(kappa) by Gauss's continued fraction, from where its rest is nearly known."""
     with mpmath.workdps(40):
@@ -100,6 +91,8 @@ def length_of(p: int, kappa: float) -> float:
             ratio = x / (2 * (v + k) + x * ratio)
         return float(ratio)
 
+
+PARTS = {"concentration": concentrations, "features": features}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,27 +6,17 @@ import math
 
 import jax
 import jax.numpy as jnp
-import mpmath
 import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.vmf_fit import length_of
 from models import vmf
 from models.vmf import Mixture, VonMisesFisher
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def length_of(p: int, kappa: float) -> float:
-    """A(kappa) at 40 digits, by Gauss's continued fraction from where its rest is nearly known."""
-    with mpmath.workdps(40):
-        v, x, depth = mpmath.mpf(p) / 2 - 1, mpmath.mpf(kappa), 4000
-        ratio = x / (v + depth + mpmath.mpf(1) / 2 + mpmath.sqrt((v + depth + mpmath.mpf(3) / 2) ** 2 + x * x))
-        for k in range(depth, 0, -1):
-            ratio = x / (2 * (v + k) + x * ratio)
-        return float(ratio)
 
 
 def directions(seed: int, *shape: int) -> jax.Array:
